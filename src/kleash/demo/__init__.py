@@ -1,0 +1,1 @@
+"""The small world that `kleash demo` is played in."""
