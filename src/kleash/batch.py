@@ -59,3 +59,42 @@ class Rollout:
     def responses(self) -> Tensor:
         """[batch, time] the response tokens; off the mask they are padding."""
         return self.sequences[:, self.sequences.shape[1] - self.response_time :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Some rows of a rollout, with the padding that all of them share cut away on both sides."""
+
+    rows: Tensor
+    sequences: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+
+    @property
+    def time(self) -> int:
+        """Width of the response part after the cut."""
+        return self.response_mask.shape[1]
+
+    @property
+    def responses(self) -> Tensor:
+        """[rows, time] response tokens."""
+        return self.sequences[:, self.sequences.shape[1] - self.time :]
+
+    def own(self, values: Tensor) -> Tensor:
+        """This micro-batch's part of a [batch, time] tensor."""
+        return values[self.rows, : self.time]
+
+
+def micro_batch_of(rollout: Rollout, rows: Tensor) -> MicroBatch:
+    """The rows' part of the rollout, without columns that are padding in every row."""
+    rows = rows.to(rollout.sequences.device)
+    attention_mask, response_mask = rollout.attention_mask[rows], rollout.response_mask[rows]
+    used = attention_mask.any(0).nonzero().flatten()
+    first, last = int(used[0]), int(used[-1]) + 1
+    padding_after = attention_mask.shape[1] - last
+    return MicroBatch(
+        rows=rows,
+        sequences=rollout.sequences[rows, first:last],
+        attention_mask=attention_mask[:, first:last],
+        response_mask=response_mask[:, : response_mask.shape[1] - padding_after],
+    )

@@ -50,6 +50,4 @@ def require_between(low: float, high: float, **numbers: float) -> None:
 def require_beta(beta: float) -> None:
     """Raise ValueRangeError unless beta is finite and not negative."""
     if not (math.isfinite(beta) and beta >= 0):
-        raise ValueRangeError(
-            f"Expected beta finite and >= 0, found {beta:g}; 0 turns the leash off."
-        )
+        raise ValueRangeError(f"Expected beta finite and >= 0, found {beta:g}; 0 turns the leash off.")

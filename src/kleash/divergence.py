@@ -16,9 +16,11 @@ from kleash.masking import masked
 
 def _weighted_by_p(log_p: Tensor, terms: Tensor) -> Tensor:
     """sum_v p(v) * terms(v), where p(v) = 0 contributes exactly 0, also to the gradient."""
-    possible = log_p > -math.inf
+    possible = log_p != -math.inf  # NaN counts as possible, so that it shows
     p = torch.where(possible, log_p, torch.zeros_like(log_p)).exp()
-    return torch.where(possible, p * torch.where(possible, terms, torch.zeros_like(terms)), 0.0).sum(-1)
+    terms = torch.where(possible, terms, torch.zeros_like(terms))
+    weighted = torch.where(terms == math.inf, terms, p * terms)  # infinite also where p underflows to 0
+    return torch.where(possible, weighted, 0.0).sum(-1)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     (tensor(0.0823), tensor(0.0872))
     """
     require_same_shape(log_p=log_p, log_q=log_q)
-    possible = log_p > -math.inf
+    possible = log_p != -math.inf
     log_ratio = torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0)
     return _weighted_by_p(log_p, log_ratio)
 
@@ -124,4 +126,8 @@ def kl_policy_ref_per_token(policy_log_probs: Tensor, ref_log_probs: Tensor, res
             f"Expected response_mask {list(policy_log_probs.shape[:2])} like the log-probs, "
             f"found {list(response_mask.shape)}; align them first."
         )
+    require_same_shape(policy_log_probs=policy_log_probs, ref_log_probs=ref_log_probs)
+    counted = response_mask.unsqueeze(-1)
+    policy_log_probs = torch.where(counted, policy_log_probs, 0.0)
+    ref_log_probs = torch.where(counted, ref_log_probs, 0.0)
     return masked(kl_divergence(policy_log_probs, ref_log_probs), response_mask)

@@ -63,3 +63,8 @@ class RunStopped(KleashError, RuntimeError):
 
 class NonFiniteError(RunStopped):
     """A quantity of the update became NaN or infinite."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for a message of one sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

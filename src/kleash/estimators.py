@@ -105,8 +105,7 @@ def kl_policy_ref_per_token_k3(policy_logprobs: Tensor, ref_logprobs: Tensor, re
     """
     log_ratio = _masked_log_ratio(policy_logprobs, ref_logprobs, response_mask)
     estimate = torch.expm1(-log_ratio) + log_ratio
-    forbidden_by_ref = log_ratio == math.inf
-    return torch.where(forbidden_by_ref, log_ratio, estimate)
+    return torch.where(log_ratio.isinf(), log_ratio.abs(), estimate)  # inf - inf would read NaN
 
 
 def per_sequence(values_per_token: Tensor, response_mask: Tensor) -> Tensor:
@@ -153,7 +152,7 @@ def mean_with_interval(
 
     Raises:
       ShapeError: values are not [batch], are empty, or lengths have another shape.
-      ValueRangeError: confidence outside (0, 1).
+      ValueRangeError: confidence outside (0, 1), or lengths without a single token.
 
     Source: Student 1908; Cochran 1977, ratio estimator.
 
@@ -166,9 +165,10 @@ def mean_with_interval(
     n = values_per_sequence.numel()
     if n == 0:
         raise ShapeError("Expected at least one sequence, found none; a mean of nothing has no value.")
-    values = values_per_sequence.double()
-    weights = torch.ones_like(values) if lengths is None else lengths.double()
+    values = values_per_sequence.detach().double()
+    weights = torch.ones_like(values) if lengths is None else lengths.detach().double()
     require_same_shape(values_per_sequence=values, lengths=weights)
+    require_between(1, math.inf, sum_of_lengths=float(weights.sum()))
     mean = float(values.sum() / weights.sum())
     if n == 1:
         return Interval(mean=mean, low=-math.inf, high=math.inf, n=n)
@@ -189,6 +189,7 @@ def student_quantile(probability: float, *, degrees_of_freedom: int) -> float:
     4.3027
     """
     require_between(0.5, 1 - 1e-9, probability=probability)
+    require_between(1, math.inf, degrees_of_freedom=degrees_of_freedom)
     low, high = 0.0, math.pi / 2
     for _ in range(100):
         angle = (low + high) / 2

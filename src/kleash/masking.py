@@ -97,4 +97,16 @@ def whiten(
     moments = masked_moments(values, mask, reduce=reduce)
     scale = (moments.variance + epsilon).sqrt()
     shift = moments.mean if keep_mean else torch.zeros_like(moments.mean)
-    return masked((values - moments.mean) / scale + shift, mask), scale
+    return masked((masked(values, mask) - moments.mean) / scale + shift, mask), scale
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that start at 0 on the first real token of each row: [batch, time] bool -> int64.
+
+    With left padding, a model that is not told these numbers counts the padding too.
+
+    >>> position_ids(torch.tensor([[False, True, True]]))
+    tensor([[0, 0, 1]])
+    """
+    require_mask(attention_mask)
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)

@@ -1,0 +1,164 @@
+"""The command line: `kleash demo`, `kleash train`, `kleash report`.
+
+Exit codes: 0 done; 1 the run stopped itself; 2 bad usage or input; 130 interrupted, with a checkpoint saved.
+Results go to stdout, progress and errors to stderr.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from kleash.errors import ConfigError, InputError, KleashError
+from kleash.version import VERSION
+
+USAGE = f"""\
+kleash {VERSION}: post-train a language model against a reward model, on a KL leash.
+
+  kleash demo                   build a small world, train it at three leashes, write the report
+  kleash train  RUN.yaml        train a policy; any key can be overridden: --leash.beta 0.05
+  kleash report RUN [RUN ..]    rebuild the HTML page from a run's records; several runs side by side
+
+  kleash COMMAND --help         what a command takes
+  kleash --version
+
+KL is KL(policy || reference), in nats, exact over the whole vocabulary, unless a name says otherwise.
+Exit codes: 0 done; 1 the run stopped itself; 2 bad usage or input; 130 interrupted, with a checkpoint saved.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(VERSION)
+        return 0
+    try:
+        return _command(words[0])(words[1:])
+    except KleashError as error:
+        if debug:
+            raise
+        print(f"kleash: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print("kleash: Interrupted; go on from the last checkpoint, if there is one, with --resume.", file=sys.stderr)
+        return 130
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    commands = {"demo": _demo, "train": _train, "report": _report}
+    if name not in commands:
+        raise ConfigError(f"Expected a command ({', '.join(commands)}), found {name!r}; see kleash --help.")
+    return commands[name]
+
+
+def _parsed(kind: Any, words: list[str], *, command: str, description: str) -> Any:
+    settings = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    return tyro.cli(kind, args=words, prog=f"kleash {command}", description=description, config=settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """Arguments of `kleash report`."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of runs; several are compared on one page."""
+    out: Path | None = None
+    """The page; null = report.html in the first run's directory."""
+
+
+def _report(words: list[str]) -> int:
+    from kleash.report import write_report
+
+    asked: ReportArguments = _parsed(
+        ReportArguments, words, command="report", description="Rebuild the HTML page from a run's records."
+    )
+    if not asked.runs:
+        raise ConfigError("Expected at least one run's directory, found none; name one: kleash report runs/first.")
+    print(write_report(asked.runs, asked.out or asked.runs[0] / "report.html"))
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments:
+    """Arguments of `kleash demo`."""
+
+    out: Path = Path("runs/demo")
+    """Where the world, the runs, summary.json and report.html go; must not hold another demo."""
+    seed: int = 0
+    """Every random number follows from it."""
+
+
+def _demo(words: list[str]) -> int:
+    asked: DemoArguments = _parsed(
+        DemoArguments,
+        words,
+        command="demo",
+        description="Build a small world, train a policy in it at three leashes, write the table and the page.",
+    )
+    from kleash.demo.play import play
+
+    play(asked.out, seed=asked.seed)
+    return 0
+
+
+def _train(words: list[str]) -> int:
+    from kleash.config import RunConfig, read_config
+
+    if {"-h", "--help"} & set(words) or not words:
+        _print_train_help(RunConfig)
+        return 0 if words else 2
+    path, *overrides = words
+    resume = "--resume" in overrides
+    config = read_config(path, [word for word in overrides if word != "--resume"])
+    return _run(config, resume=resume, path=Path(path))
+
+
+def _print_train_help(config: Any) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class TrainArguments:
+        """The file, and every key of it as a flag."""
+
+        run_yaml: tyro.conf.Positional[Path]
+        """The run's configuration; every flag below overrides one of its keys."""
+        config: Annotated[Any, tyro.conf.arg(name="")]
+
+    TrainArguments.__annotations__["config"] = Annotated[config, tyro.conf.arg(name="")]
+    description = (
+        "Train a policy against a reward on a KL leash.\n\n"
+        "--resume goes on from the newest checkpoint in `out`, with the same configuration.\n"
+        "--debug  shows the traceback of an error."
+    )
+    with suppress(SystemExit):
+        _parsed(TrainArguments, ["--help"], command="train", description=description)
+
+
+def _run(config: Any, *, resume: bool, path: Path) -> int:
+    from kleash.parts import Given
+    from kleash.train import train_run
+
+    result = train_run(config, Given(), resume=resume)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"policy  {result.checkpoint / 'policy'}")
+    console.print(f"report  {result.out / 'report.html'}")
+    if not result.interrupted:
+        return 0
+    done = f"{result.completed_updates} of {config.updates} updates"
+    print(f"kleash: Interrupted after {done}; go on with: kleash train {path} --resume", file=sys.stderr)
+    return 130
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The parts of a run, loaded and held against each other before anything is trained or written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kleash.batch import Prompts
+from kleash.config import RunConfig, Source
+from kleash.models import (
+    ValueModel,
+    context_length,
+    eos_token_ids,
+    frozen,
+    frozen_copy,
+    load_causal_model,
+    load_tokenizer,
+    require_same_vocabulary,
+    value_model_from_policy,
+    value_model_from_reward,
+)
+from kleash.prompts import load_prompts, prompts_of_update, require_room, tokenized_prompts
+from kleash.rollout import rollout_of
+from kleash.scorers import Scorer, WeightedScorer, load_scorer, value_trunk_source
+from kleash.seeds import generator_for
+
+PROBES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run works with; models are still on the CPU and unwrapped."""
+
+    tokenizer: PreTrainedTokenizerBase
+    policy: PreTrainedModel
+    reference: PreTrainedModel
+    value: ValueModel
+    scorer: Scorer
+    eval_scorer: Scorer | None
+    prompts: Prompts
+    eos_token_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """Parts that a caller hands over as objects instead of names; None = load what the config names."""
+
+    policy: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    reference: PreTrainedModel | None = None
+    scorer: Scorer | None = None
+    eval_scorer: Scorer | None = None
+    rows: list[dict[str, object]] | None = None
+
+
+def load_parts(config: RunConfig, given: Given) -> Parts:
+    """Load everything that a configuration names, cheapest first, and check that it fits together.
+
+    Raises:
+      PromptError, ModelError, RewardError: see the functions that this one calls.
+    """
+    rows = given.rows or load_prompts(config.prompts)
+    tokenizer = given.tokenizer or load_tokenizer(config.policy, pad_token=config.pad_token)
+    prompts = tokenized_prompts(rows, tokenizer)
+    policy = given.policy or load_causal_model(config.policy, "policy")
+    policy.eval()  # type: ignore[no-untyped-call]
+    require_room(prompts, max_new_tokens=config.rollout.max_new_tokens, context=context_length(policy))
+    reference = _reference(config, given, policy, tokenizer)
+    scorer = given.scorer or scorer_from(config.reward, tokenizer)
+    eval_scorer = given.eval_scorer or (scorer_from(config.eval_reward, tokenizer) if config.eval_reward else None)
+    trunk = value_trunk_source(scorer)
+    return Parts(
+        tokenizer=tokenizer,
+        policy=policy,
+        reference=reference,
+        value=value_model_from_policy(policy) if trunk is None else value_model_from_reward(trunk),
+        scorer=scorer,
+        eval_scorer=eval_scorer,
+        prompts=prompts,
+        eos_token_ids=eos_token_ids(policy, tokenizer),
+    )
+
+
+def _reference(
+    config: RunConfig, given: Given, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    if given.reference is None and config.reference is None:
+        return frozen_copy(policy)
+    reference = given.reference or load_causal_model(config.reference or "", "reference")
+    source = config.reference or Path(reference.config._name_or_path or "the given reference")
+    require_same_vocabulary(tokenizer, source, reference, policy.config.get_text_config().vocab_size)
+    return frozen(reference)
+
+
+def scorer_from(source: Source, tokenizer: PreTrainedTokenizerBase) -> Scorer:
+    """The scorer that a configuration names: one source, or a weighted list."""
+    if isinstance(source, str):
+        return load_scorer(source, tokenizer)
+    return WeightedScorer(
+        scorers=tuple(load_scorer(part.source, tokenizer) for part in source),
+        weights=tuple(part.weight for part in source),
+    )
+
+
+def require_working_scorers(parts: Parts, config: RunConfig, device: torch.device) -> None:
+    """Score a few real responses before the run starts, so that a broken reward never costs a run.
+
+    Raises:
+      RewardError: the reward or the held-out judge raises, miscounts, or returns NaN or infinity.
+    """
+    probes = min(PROBES, config.rollout.prompts_per_update)
+    prompts = prompts_of_update(parts.prompts, 1, per_update=probes, seed=config.seed)
+    shape = (probes, config.rollout.max_new_tokens)
+    rollout = rollout_of(
+        parts.policy,
+        prompts,
+        parts.tokenizer,
+        uniforms=torch.rand(shape, dtype=torch.float64, generator=generator_for(config.seed, "probe")),
+        config=config.rollout,
+        eos_token_ids=parts.eos_token_ids,
+        device=device,
+    )
+    for scorer in filter(None, (parts.scorer, parts.eval_scorer)):
+        scorer(prompts, rollout)

@@ -1,0 +1,242 @@
+"""One PPO update: the clipped steps on a rollout that has been scored."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from kleash.batch import MicroBatch, Rollout, micro_batch_of
+from kleash.errors import NonFiniteError
+from kleash.estimators import kl_policy_ref_per_token_k3
+from kleash.logprobs import token_logprobs
+from kleash.losses import clipped_policy_loss_per_token, clipped_value_loss_per_token, policy_ratio
+from kleash.masking import Reduce, masked, whiten
+from kleash.models import Models, response_logits, trainable_parameters
+
+
+class PPOConfig(BaseModel):
+    """The clipped policy and value steps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(4, ge=1)
+    """Passes over each rollout."""
+    minibatches: int = Field(4, ge=1)
+    """Optimizer steps in each epoch."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Sequences in one forward pass on each process, gradients accumulate over them; null = the whole minibatch."""
+    clip_range: float = Field(0.2, gt=0)
+    """The policy's ratio earns nothing beyond 1 +- this."""
+    value_clip_range: float = Field(0.2, gt=0)
+    """The value may move this far from its old one before its loss is clipped, in score units."""
+    value_coefficient: float = Field(0.1, ge=0)
+    """Weight of the value loss."""
+    learning_rate: float = Field(1.0e-5, gt=0)
+    """Peak learning rate of AdamW, for policy and value model."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape over the run's updates, after the warm-up."""
+    warmup_updates: int = Field(0, ge=0)
+    """Updates over which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    max_gradient_norm: float = Field(1.0, gt=0)
+    """Gradients of policy and value model together are scaled down to this norm."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount per token."""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """Decay of generalised advantage estimation."""
+    whiten_advantages: bool = True
+    """Advantages get mean 0 and variance 1 over the response tokens of the update."""
+    missing_eos_penalty: float = Field(0.0, ge=0)
+    """Taken off the score of a response that was cut by the length limit."""
+
+
+def minibatches_of(rows: int, config: PPOConfig, generator: torch.Generator) -> list[list[Tensor]]:
+    """A shuffled partition of the rows: minibatches (one optimizer step each) of micro-batches (one forward each)."""
+    shuffled = torch.randperm(rows, generator=generator)
+    per_step = rows // config.minibatches
+    return [list(torch.split(step, config.micro_batch or per_step)) for step in torch.split(shuffled, per_step)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What the steps of an update aim at, each [batch, time] without gradient: see kleash.losses."""
+
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def whitened_advantages(
+    advantages: Tensor, response_mask: Tensor, config: PPOConfig, *, reduce: Reduce
+) -> tuple[Tensor, float]:
+    """The advantages that the loss uses, and the number they were divided by (1 without whitening)."""
+    if not config.whiten_advantages:
+        return advantages, 1.0
+    whitened, scale = whiten(advantages, response_mask, reduce=reduce)
+    return whitened, float(scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSums:
+    """Sums over the response tokens of one micro-batch; divided by `tokens` they are means."""
+
+    tokens: Tensor
+    policy_loss: Tensor
+    value_loss: Tensor
+    clipped: Tensor
+    value_clipped: Tensor
+    ratio: Tensor
+    ratio_max: Tensor
+    kl_old_policy_k3: Tensor
+
+
+def micro_batch_sums(
+    models: Models, part: MicroBatch, targets: Targets, config: PPOConfig, *, temperature: float
+) -> StepSums:
+    """Losses of one forward pass with gradient, summed over its response tokens, and what to watch beside them."""
+    mask = part.response_mask
+    inputs = (part.sequences, part.attention_mask, part.time)
+    logits = response_logits(models.policy, *inputs)
+    logprobs = token_logprobs(logits, part.responses, temperature=temperature)
+    old_logprobs, old_values = part.own(targets.old_logprobs), part.own(targets.old_values)
+    advantages, returns = part.own(targets.advantages), part.own(targets.returns)
+    ratio = policy_ratio(logprobs, old_logprobs, mask)
+    values = models.value(*inputs)
+    policy_loss = clipped_policy_loss_per_token(ratio, advantages, clip_range=config.clip_range)
+    value_loss = clipped_value_loss_per_token(values, old_values, returns, clip_range=config.value_clip_range)
+    moved, value_moved = (ratio.detach() - 1).abs(), (values.detach() - old_values).abs()
+    return StepSums(
+        tokens=mask.sum(),
+        policy_loss=masked(policy_loss, mask).sum(),
+        value_loss=masked(value_loss, mask).sum(),
+        clipped=((moved > config.clip_range) & mask).sum(),
+        value_clipped=((value_moved > config.value_clip_range) & mask).sum(),
+        ratio=masked(ratio.detach(), mask).sum(),
+        ratio_max=masked(ratio.detach(), mask).max(),
+        kl_old_policy_k3=kl_policy_ref_per_token_k3(old_logprobs, logprobs.detach(), mask).sum(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateStats:
+    """Means over all optimizer steps of an update; losses per token, KL in nats per token, norms before clipping."""
+
+    policy_loss: float
+    value_loss: float
+    clip_share: float
+    value_clip_share: float
+    ratio_mean: float
+    ratio_max: float
+    ratio_max_first_step: float
+    kl_old_policy_per_token_k3: float
+    gradient_norm: float
+
+
+def ppo_update(
+    models: Models,
+    rollout: Rollout,
+    targets: Targets,
+    epochs: Iterator[list[list[Tensor]]],
+    config: PPOConfig,
+    *,
+    temperature: float,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> UpdateStats:
+    """Take every optimizer step of an update.
+
+    The loss of a step is the mean over the response tokens of its minibatch, over all processes and
+    micro-batches together, so neither the size of a micro-batch nor the number of processes changes it.
+
+    Raises:
+      NonFiniteError: a loss or the gradient norm is NaN or infinite; the step that showed it is not taken.
+    """
+    steps = [
+        _optimizer_step(
+            models, rollout, targets, micro_batches, config,
+            temperature=temperature, optimizer=optimizer, accelerator=accelerator,
+        )
+        for minibatches in epochs
+        for micro_batches in minibatches
+    ]  # fmt: skip
+    table = torch.stack(steps)
+    tokens = table[:, 0].sum()
+    policy_loss, value_loss, clipped, value_clipped, ratio, kl = (table[:, 1:7].sum(0) / tokens).tolist()
+    return UpdateStats(
+        policy_loss=policy_loss,
+        value_loss=value_loss,
+        clip_share=clipped,
+        value_clip_share=value_clipped,
+        ratio_mean=ratio,
+        ratio_max=float(table[:, 7].max()),
+        ratio_max_first_step=float(table[0, 7]),
+        kl_old_policy_per_token_k3=kl,
+        gradient_norm=float(table[:, 8].mean()),
+    )
+
+
+def _optimizer_step(
+    models: Models,
+    rollout: Rollout,
+    targets: Targets,
+    micro_batches: list[Tensor],
+    config: PPOConfig,
+    *,
+    temperature: float,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> Tensor:
+    """One step; returns the float64 row that ppo_update adds up."""
+    parts = [micro_batch_of(rollout, rows) for rows in micro_batches]
+    own_tokens = torch.stack([part.response_mask.sum() for part in parts]).sum()
+    tokens = accelerator.reduce(own_tokens, "sum")
+    optimizer.zero_grad()
+    sums = []
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        with nullcontext() if last else _gradients_stay(accelerator, models):
+            result = micro_batch_sums(models, part, targets, config, temperature=temperature)
+            loss = (result.policy_loss + config.value_coefficient * result.value_loss) / tokens
+            if not bool(loss.isfinite()):
+                raise NonFiniteError(
+                    f"Expected a finite loss, found {float(loss)} (policy {float(result.policy_loss):g}, value "
+                    f"{float(result.value_loss):g}); lower the learning rate, or resume from the last checkpoint."
+                )
+            accelerator.backward(loss * accelerator.num_processes)
+        sums.append(result)
+    parameters = list(trainable_parameters(models.policy, models.value))
+    norm = accelerator.clip_grad_norm_(parameters, config.max_gradient_norm)
+    if not bool(torch.as_tensor(norm).isfinite()):
+        raise NonFiniteError(
+            f"Expected a finite gradient norm, found {float(norm)}; lower the learning rate, "
+            "or resume from the last checkpoint."
+        )
+    optimizer.step()
+    return _reduced_row(sums, torch.as_tensor(norm), accelerator)
+
+
+def _reduced_row(sums: list[StepSums], norm: Tensor, accelerator: Accelerator) -> Tensor:
+    names = ("tokens", "policy_loss", "value_loss", "clipped", "value_clipped", "ratio", "kl_old_policy_k3")
+    own = torch.stack([torch.stack([getattr(s, name).detach().double() for s in sums]).sum() for name in names])
+    largest = torch.stack([s.ratio_max for s in sums]).max().double()
+    total = accelerator.reduce(own, "sum")
+    over_processes = accelerator.gather(largest.unsqueeze(0)).max()
+    return torch.cat([total, over_processes.unsqueeze(0), norm.double().reshape(1)]).cpu()
+
+
+@contextmanager
+def _gradients_stay(accelerator: Accelerator, models: Models) -> Iterator[None]:
+    """Within, gradients of several processes are not yet added up: only the last micro-batch of a step does that."""
+    with accelerator.no_sync(models.policy), accelerator.no_sync(models.value):
+        yield

@@ -1,0 +1,147 @@
+"""Prompts: read from a file or data set, turned into tokens, and dealt out in an order that the seed fixes."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from kleash.batch import Prompts, PromptText
+from kleash.errors import PromptError, first_line
+from kleash.seeds import generator_for
+
+FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_prompts(source: str | Path) -> list[dict[str, Any]]:
+    """Rows with a `prompt` column, from a jsonl, json, parquet or csv file, or the train split of a data set.
+
+    Raises:
+      PromptError: no such file, an unreadable or empty one, no `prompt` column, or a prompt that is neither
+        text nor chat messages.
+    """
+    path = Path(source)
+    is_file = path.suffix in FILE_KINDS
+    if is_file and not path.is_file():
+        raise PromptError(f"Expected prompts in {source}, found no such file; check the path.")
+    if is_file and path.stat().st_size == 0:
+        raise PromptError(f"Expected prompts in {source}, found an empty file; give at least one row.")
+    rows = _read_file(path) if is_file else _read_dataset(str(source))
+    if not rows:
+        raise PromptError(f"Expected at least one prompt in {source}, found none; give at least one row.")
+    for number, row in enumerate(rows, 1):
+        _require_prompt(row, number, source)
+    return rows
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    progress_was_on = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    try:
+        loaded = datasets.load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:
+        cause = first_line(error.__cause__ or error)
+        raise PromptError(
+            f"Expected rows with a `prompt` column in {path}, found an unreadable file: {cause}"
+        ) from error
+    finally:
+        if progress_was_on:
+            datasets.enable_progress_bars()
+    return list(loaded)
+
+
+def _read_dataset(name: str) -> list[dict[str, Any]]:
+    try:
+        folder = Path(name)
+        saved = folder.is_dir() and (folder / "dataset_info.json").exists()
+        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split="train")
+    except Exception as error:
+        raise PromptError(
+            f"Expected prompts in {name}, found neither a jsonl, json, parquet or csv file nor a data set "
+            f"that loads: {first_line(error)}"
+        ) from error
+    return list(loaded)
+
+
+def _require_prompt(row: dict[str, Any], number: int, source: str | Path) -> None:
+    if "prompt" not in row:
+        raise PromptError(
+            f"Expected a column `prompt` in {source}, found {', '.join(row) or 'no columns'}; rename the column."
+        )
+    prompt = row["prompt"]
+    is_chat = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "content" in m for m in prompt)
+    if not ((isinstance(prompt, str) and prompt.strip()) or is_chat):
+        raise PromptError(
+            f"Expected text or chat messages as the prompt of row {number} in {source}, found {prompt!r}; "
+            "mend or drop the row."
+        )
+
+
+def tokenized_prompts(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """All prompts as text and tokens; a chat gets the tokenizer's template with the opening of an answer.
+
+    Raises:
+      PromptError: chat messages, and a tokenizer without a chat template.
+    """
+    texts: list[PromptText] = [row["prompt"] for row in rows]
+    if any(isinstance(text, list) for text in texts) and tokenizer.chat_template is None:
+        raise PromptError(
+            "Expected a tokenizer with a chat template for chat prompts, found none; set one, or give plain text."
+        )
+    names = [name for name in rows[0] if name not in ("prompt", "completions", "prompts")]
+    columns = {name: [row[name] for row in rows] for name in names}
+    return Prompts(texts=texts, tokens=[_tokens(text, tokenizer) for text in texts], columns=columns)
+
+
+def _tokens(text: PromptText, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if isinstance(text, str):
+        tokens = tokenizer(text)["input_ids"]
+        closes = tokens and tokens[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id
+        return list(tokens[:-1] if closes else tokens)
+    encoded: Any = tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def require_room(prompts: Prompts, *, max_new_tokens: int, context: int | None) -> None:
+    """Raise PromptError when a prompt is empty, or leaves no room for max_new_tokens in the model's context."""
+    for number, tokens in enumerate(prompts.tokens, 1):
+        if not tokens:
+            raise PromptError(f"Expected a prompt of at least one token, found none in row {number}; drop the row.")
+    if context is None:
+        return
+    room = context - max_new_tokens
+    too_long = [(len(tokens), number) for number, tokens in enumerate(prompts.tokens, 1) if len(tokens) > room]
+    if too_long:
+        length, number = max(too_long)
+        raise PromptError(
+            f"Expected prompts of at most {room} tokens (context {context} less max_new_tokens {max_new_tokens}), "
+            f"found {len(too_long)} longer ones, the longest in row {number} with {length}; shorten or drop them."
+        )
+
+
+def prompts_of_update(prompts: Prompts, update: int, *, per_update: int, seed: int) -> Prompts:
+    """The prompts of one update: each pass over the data is a fresh permutation, fixed by the seed.
+
+    Args:
+      prompts: all of them.
+      update: 1 for the first.
+      per_update: prompts in each update; a batch may span two passes.
+      seed: the run's seed.
+    """
+    count = len(prompts)
+    first = (update - 1) * per_update
+    passes = range(first // count, (first + per_update - 1) // count + 1)
+    order = torch.cat([torch.randperm(count, generator=generator_for(seed, "prompts", n)) for n in passes])
+    chosen = order[first - passes.start * count :][:per_update].tolist()
+    columns = {name: [values[i] for i in chosen] for name, values in prompts.columns.items()}
+    return Prompts(
+        texts=[prompts.texts[i] for i in chosen], tokens=[prompts.tokens[i] for i in chosen], columns=columns
+    )
+
+
+def prompts_fingerprint(prompts: Prompts) -> str:
+    """SHA-256 over the token ids of all prompts in their order, as hexadecimal."""
+    return hashlib.sha256(json.dumps(prompts.tokens).encode()).hexdigest()

@@ -1,0 +1,198 @@
+"""The state of a run: how it is put together, saved, and taken up again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+from kleash.checkpoint import (
+    CheckpointState,
+    Learners,
+    checkpoints_in,
+    load_learners,
+    read_checkpoint_state,
+    require_same_run,
+    save_checkpoint,
+)
+from kleash.config import RunConfig, config_as_yaml
+from kleash.errors import ConfigError, RunDirectoryError
+from kleash.leash import Leash
+from kleash.models import Models, fingerprint, trainable_parameters
+from kleash.parts import Given, Parts, load_parts, require_working_scorers
+from kleash.prompts import prompts_fingerprint
+from kleash.run_directory import RunDirectory
+from kleash.scorers import reward_models
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The state of a run: what learns, what stays, and how far it is."""
+
+    config: RunConfig
+    directory: RunDirectory
+    accelerator: Accelerator
+    parts: Parts
+    models: Models
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    leash: Leash
+    reference_fingerprint: str
+    completed: int = 0
+    weights_are_between_updates: bool = True
+
+    @property
+    def learners(self) -> Learners:
+        return Learners(policy=self.parts.policy, value=self.parts.value, optimizer=self.optimizer)
+
+    def share(self, rows: int) -> slice:
+        """The rows of this process."""
+        own = rows // self.accelerator.num_processes
+        return slice(self.accelerator.process_index * own, (self.accelerator.process_index + 1) * own)
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum over processes."""
+        total: Tensor = self.accelerator.reduce(tensor, "sum")
+        return total
+
+
+def run_from(config: RunConfig, given: Given, *, resume: bool) -> Run:
+    """Check and load everything, then start or restore the run.
+
+    Raises:
+      InputError: anything that cannot be used, before a file is written.
+    """
+    directory = RunDirectory(path=Path(config.out))
+    going_on = resume and directory.holds_a_run()
+    if going_on:
+        _require_same_config(directory, config)
+    else:
+        directory.require_free()
+    accelerator = _accelerator(config)
+    _require_even_shares(config, accelerator.num_processes)
+    parts = load_parts(config, given)
+    for model in (parts.policy, parts.reference, parts.value, *_scoring_models(parts)):
+        model.to(accelerator.device)
+    with accelerator.autocast():
+        require_working_scorers(parts, config, accelerator.device)
+    run = _assembled(config, directory, accelerator, parts)
+    if going_on:
+        _restore(run)
+    if accelerator.is_main_process:
+        directory.start(config_as_yaml(config))
+        directory.forget_after(run.completed)
+        if not checkpoints_in(directory.checkpoints):
+            write_checkpoint(run)
+    accelerator.wait_for_everyone()
+    return run
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    precision = ("bf16" if bf16 else "no") if config.mixed_precision == "auto" else config.mixed_precision
+    return Accelerator(mixed_precision=precision, log_with=list(config.trackers) or None, project_dir=config.out)
+
+
+def _require_even_shares(config: RunConfig, processes: int) -> None:
+    if config.rollout.prompts_per_update % (processes * config.ppo.minibatches):
+        raise ConfigError(
+            f"Expected rollout.prompts_per_update to be a multiple of {processes} processes x "
+            f"{config.ppo.minibatches} ppo.minibatches, found {config.rollout.prompts_per_update}; change one of them."
+        )
+
+
+def _scoring_models(parts: Parts) -> list[PreTrainedModel]:
+    return [model for scorer in filter(None, (parts.scorer, parts.eval_scorer)) for model in reward_models(scorer)]
+
+
+def _assembled(config: RunConfig, directory: RunDirectory, accelerator: Accelerator, parts: Parts) -> Run:
+    ppo = config.ppo
+    optimizer = torch.optim.AdamW(
+        list(trainable_parameters(parts.policy, parts.value)),
+        lr=ppo.learning_rate,
+        betas=ppo.adam_betas,
+        eps=ppo.adam_epsilon,
+        weight_decay=ppo.weight_decay,
+        fused=True,
+    )
+    shape = {"constant": "constant_with_warmup"}.get(ppo.learning_rate_schedule, ppo.learning_rate_schedule)
+    scheduler = get_scheduler(shape, optimizer, num_warmup_steps=ppo.warmup_updates, num_training_steps=config.updates)
+    policy, value, prepared_optimizer = accelerator.prepare(parts.policy, parts.value, optimizer)
+    return Run(
+        config=config,
+        directory=directory,
+        accelerator=accelerator,
+        parts=parts,
+        models=Models(policy=policy, value=value, reference=parts.reference),
+        optimizer=prepared_optimizer,
+        scheduler=scheduler,
+        leash=config.leash.build(),
+        reference_fingerprint=fingerprint(parts.reference),
+    )
+
+
+def _require_same_config(directory: RunDirectory, config: RunConfig) -> None:
+    """Raise RunDirectoryError unless the run was started with this configuration.
+
+    `updates` may grow while the learning rate is constant, and checkpoints may come at other times: neither
+    changes what an update does.
+    """
+    if not directory.config.exists():
+        raise RunDirectoryError(f"Expected {directory.config} of the run to resume, found none; start a new run.")
+    saved = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+    asked = yaml.safe_load(config_as_yaml(config))
+    free = {"out", "checkpoint", "trackers"}
+    if config.ppo.learning_rate_schedule == "constant":
+        free.add("updates")
+    different = sorted(key for key in asked if key not in free and asked[key] != saved.get(key))
+    if different:
+        raise RunDirectoryError(
+            f"Expected the configuration that the run in {directory.path} started with, found another "
+            f"{', '.join(different)}; resume with the same values, or start a new run."
+        )
+
+
+def _restore(run: Run) -> None:
+    """Take up the newest checkpoint; without any, the run begins at its start."""
+    found = checkpoints_in(run.directory.checkpoints)
+    if not found:
+        return
+    state = read_checkpoint_state(found[-1])
+    require_same_run(
+        state,
+        reference_fingerprint=run.reference_fingerprint,
+        prompts_fingerprint=prompts_fingerprint(run.parts.prompts),
+    )
+    load_learners(found[-1], run.learners)
+    run.scheduler.load_state_dict(state.scheduler)
+    run.leash = run.leash.restored(state.leash)
+    run.completed = state.update
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint of the updates completed so far, unless it is there; returns its directory."""
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        write_checkpoint(run)
+    run.accelerator.wait_for_everyone()
+    return run.directory.checkpoints / f"{run.completed:06d}"
+
+
+def write_checkpoint(run: Run) -> None:
+    """The part of `save` that the main process does, waiting for nobody: also right while an error is on its way."""
+    if (run.directory.checkpoints / f"{run.completed:06d}").exists():
+        return
+    state = CheckpointState(
+        update=run.completed,
+        seed=run.config.seed,
+        leash=run.leash.state,
+        scheduler=run.scheduler.state_dict(),
+        reference_fingerprint=run.reference_fingerprint,
+        prompts_fingerprint=prompts_fingerprint(run.parts.prompts),
+    )
+    save_checkpoint(
+        run.directory.checkpoints, run.learners, run.parts.tokenizer, state, keep=run.config.checkpoint.keep
+    )

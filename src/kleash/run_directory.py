@@ -1,0 +1,96 @@
+"""The files of a run: where they lie, how lines are added, and how a resumed run forgets what it will do again.
+
+RUN/config.yaml        the resolved configuration
+RUN/records.jsonl      one line per update, every figure of the glossary
+RUN/timings.jsonl      seconds by phase, one line per update (apart, since no two runs agree on them)
+RUN/samples.jsonl      some responses of every update
+RUN/checkpoints/N/     the state after N updates
+RUN/report.html        the page
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kleash.errors import RunDirectoryError
+
+LINE_FILES = ("records.jsonl", "timings.jsonl", "samples.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDirectory:
+    """A run's directory; nothing is created before `start`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def records(self) -> Path:
+        return self.path / "records.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def holds_a_run(self) -> bool:
+        """Whether any file of a run lies here already."""
+        return self.config.exists() or self.records.exists() or self.checkpoints.exists()
+
+    def require_free(self) -> None:
+        """Raise RunDirectoryError when another run, or a file instead of a directory, is in the way."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(
+                f"Expected a directory to write to, found the file {self.path}; choose another out."
+            )
+        if self.holds_a_run():
+            raise RunDirectoryError(
+                f"Expected an empty directory for the run, found another run in {self.path}; "
+                "choose another out, or go on with that run by --resume."
+            )
+
+    def start(self, config_yaml: str) -> None:
+        """Create the directory and write the resolved configuration."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, config_yaml)
+
+    def append(self, file: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Add rows to a line file, one JSON object each, flushed before returning."""
+        with (self.path / file).open("a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+    def forget_after(self, update: int) -> None:
+        """Drop every line of a later update, and a last line that was cut short."""
+        for file in LINE_FILES:
+            path = self.path / file
+            if path.exists():
+                kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_of(line, update)]
+                write_atomically(path, b"".join(kept).decode())
+
+
+def _is_of(line: bytes, last_update: int) -> bool:
+    """Whether a line is whole and belongs to an update up to the last one."""
+    return line.endswith(b"\n") and json.loads(line)["update"] <= last_update
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old text or the new and never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def remove_partial(directory: Path) -> None:
+    """Remove what a killed process left half-written in a directory."""
+    for leftover in directory.glob(".*.partial"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

@@ -1,0 +1,262 @@
+"""Where scores come from: a reward model, a Python function, or a weighted sum of several.
+
+A scorer maps prompts and their rollout to scores [batch], float32. Whatever the source, a score that is
+not finite, a wrong count, or an exception ends in one RewardError that names the prompt.
+"""
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kleash.batch import Prompts, PromptText, Rollout
+from kleash.errors import RewardError, first_line
+from kleash.models import forward_arguments, frozen
+from kleash.rewards import last_response_position
+
+RewardFunction = Callable[..., Sequence[float]]
+
+
+class Scorer(Protocol):
+    """Anything that scores responses."""
+
+    def __call__(self, prompts: Prompts, rollout: Rollout) -> Tensor:
+        """Scores [batch], float32, finite, on the CPU."""
+
+
+def require_scores(scores: Sequence[float], prompts: Prompts, source: str) -> Tensor:
+    """The scores as a float32 tensor [batch], after checking their count and finiteness.
+
+    Raises:
+      RewardError: another count than prompts, something that is not a number, or NaN or infinity.
+    """
+    if len(scores) != len(prompts):
+        raise RewardError(
+            f"Expected {len(prompts)} scores from {source}, one per completion, found {len(scores)}; return one each."
+        )
+    try:
+        numbers = [float(score) for score in scores]
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"Expected numbers from {source}, found something else: {first_line(error)}") from error
+    for text, number in zip(prompts.texts, numbers, strict=True):
+        if not math.isfinite(number):
+            raise RewardError(
+                f"Expected finite scores from {source}, found {number} for the prompt {shortened(text)}; "
+                "mend the reward for such a response, then go on with --resume."
+            )
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+def shortened(text: PromptText, limit: int = 120) -> str:
+    """A prompt for an error message, quoted and cut at `limit` characters."""
+    plain = text if isinstance(text, str) else " | ".join(message["content"] for message in text)
+    return repr(plain if len(plain) <= limit else plain[:limit] + "...")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionScorer:
+    """Scores from `function(prompts, completions, **columns) -> list[float]`.
+
+    Prompts go in as the user wrote them. Completions are strings; for a chat prompt each is a list with
+    one assistant message, as TRL's trainers pass them.
+    """
+
+    function: RewardFunction
+    name: str
+
+    def __call__(self, prompts: Prompts, rollout: Rollout) -> Tensor:
+        completions = [
+            completion if isinstance(text, str) else [{"role": "assistant", "content": completion}]
+            for text, completion in zip(prompts.texts, rollout.completions, strict=True)
+        ]
+        try:
+            scores = self.function(prompts=list(prompts.texts), completions=completions, **prompts.columns)
+            count = len(scores)
+        except Exception as error:
+            raise RewardError(
+                f"Expected scores from {self.name}, found {type(error).__name__}: {first_line(error)}; "
+                f"the first prompt of the batch was {shortened(prompts.texts[0])}."
+            ) from error
+        return require_scores([scores[i] for i in range(count)], prompts, self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelScorer:
+    """Scores of a reward model that shares the policy's tokens, read at the last response token.
+
+    The position comes from the response mask, never from a search for padding, so a closing EOS counts
+    also where pad and EOS are the same token.
+    """
+
+    model: PreTrainedModel
+    name: str
+    micro_batch: int = 64
+
+    @torch.no_grad()
+    def __call__(self, prompts: Prompts, rollout: Rollout) -> Tensor:
+        chunks = [
+            self._scores(rollout, slice(start, start + self.micro_batch))
+            for start in range(0, len(prompts), self.micro_batch)
+        ]
+        return require_scores(torch.cat(chunks).tolist(), prompts, self.name)
+
+    def _scores(self, rollout: Rollout, rows: slice) -> Tensor:
+        sequences, attention_mask = rollout.sequences[rows], rollout.attention_mask[rows]
+        trunk = self.model.base_model
+        hidden = trunk(**forward_arguments(trunk, sequences, attention_mask), use_cache=False).last_hidden_state
+        prompt_time = sequences.shape[1] - rollout.response_time
+        last = prompt_time + last_response_position(rollout.response_mask[rows])
+        pooled = hidden[torch.arange(len(last), device=last.device), last]
+        head = self.model.get_submodule("score")
+        scores: Tensor = head(pooled.to(head.get_parameter("weight").dtype)).squeeze(-1)
+        return scores.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModelScorer:
+    """Scores of a reward model with a tokenizer or a head of its own, which reads the text afresh."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    micro_batch: int = 64
+
+    @torch.no_grad()
+    def __call__(self, prompts: Prompts, rollout: Rollout) -> Tensor:
+        texts = [
+            self._text(text, completion) for text, completion in zip(prompts.texts, rollout.completions, strict=True)
+        ]
+        scores: list[float] = []
+        for start in range(0, len(texts), self.micro_batch):
+            encoded = self.tokenizer(
+                texts[start : start + self.micro_batch], padding=True, padding_side="right", return_tensors="pt"
+            )
+            logits = self.model(**encoded.to(self.model.device)).logits
+            scores += logits.squeeze(-1).float().tolist()
+        return require_scores(scores, prompts, self.name)
+
+    def _text(self, prompt: PromptText, completion: str) -> str:
+        if isinstance(prompt, str):
+            return prompt + completion
+        messages = [*prompt, {"role": "assistant", "content": completion}]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedScorer:
+    """sum_i weight_i * score_i."""
+
+    scorers: tuple[Scorer, ...]
+    weights: tuple[float, ...]
+
+    def __call__(self, prompts: Prompts, rollout: Rollout) -> Tensor:
+        weighted = [
+            weight * scorer(prompts, rollout) for weight, scorer in zip(self.weights, self.scorers, strict=True)
+        ]
+        return torch.stack(weighted).sum(0)
+
+
+def load_scorer(source: str, policy_tokenizer: PreTrainedTokenizerBase) -> Scorer:
+    """A scorer from `module:function`, or from a sequence-classification checkpoint with one label.
+
+    Raises:
+      RewardError: neither of the two is there, or the checkpoint has no single trained score.
+    """
+    if ":" in source and not Path(source).exists():
+        return FunctionScorer(function=load_function(source), name=source)
+    return model_scorer(load_reward_model(source), source, policy_tokenizer)
+
+
+def load_function(source: str) -> RewardFunction:
+    """The function named `module:function`; modules in the working directory are found too."""
+    module_name, _, function_name = source.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RewardError(
+            f"Expected a reward function at {source}, found {type(error).__name__}: {first_line(error)}; "
+            "write it as module:function, importable from here."
+        ) from error
+    if not callable(function):
+        raise RewardError(f"Expected a function at {source}, found {type(function).__name__}; name a callable.")
+    return function  # type: ignore[no-any-return]
+
+
+def load_reward_model(source: str) -> PreTrainedModel:
+    """A frozen sequence-classification model with one label and a trained head.
+
+    Raises:
+      RewardError: nothing loadable there, several labels, or a head that the checkpoint does not hold.
+    """
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise RewardError(
+            f"Expected a reward model at {source}, found none that loads: {first_line(error)}; "
+            "give a sequence-classification checkpoint or module:function."
+        ) from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])[0]
+        raise RewardError(
+            f"Expected a trained reward model at {source}, found a checkpoint without {missing}; "
+            "give one that was trained with a score head."
+        )
+    require_one_label(model, source)
+    return frozen(model)
+
+
+def require_one_label(model: PreTrainedModel, source: str) -> None:
+    """Raise RewardError unless the model has exactly one label."""
+    if model.config.num_labels != 1:
+        raise RewardError(
+            f"Expected a reward model with one label at {source}, found {model.config.num_labels}; "
+            "train it with num_labels=1."
+        )
+
+
+def model_scorer(model: PreTrainedModel, name: str, policy_tokenizer: PreTrainedTokenizerBase) -> Scorer:
+    """The scorer for a loaded reward model: by tokens where it shares the policy's, by text otherwise.
+
+    Raises:
+      RewardError: the model has its own kind of head and no tokenizer beside it.
+    """
+    require_one_label(model, name)
+    source = model.config._name_or_path or name
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError):
+        tokenizer = None
+    has_linear_head = isinstance(getattr(model, "score", None), torch.nn.Linear)
+    same_tokens = tokenizer is None or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+    if has_linear_head and same_tokens:
+        return ModelScorer(model=frozen(model), name=name)
+    if tokenizer is None or tokenizer.pad_token_id is None:
+        raise RewardError(
+            f"Expected a tokenizer with a pad token beside the reward model {name}, found none; save one there."
+        )
+    return TextModelScorer(model=frozen(model), tokenizer=tokenizer, name=name)
+
+
+def reward_models(scorer: Scorer) -> list[PreTrainedModel]:
+    """The reward models inside a scorer, in order."""
+    if isinstance(scorer, WeightedScorer):
+        return [model for part in scorer.scorers for model in reward_models(part)]
+    return [scorer.model] if isinstance(scorer, ModelScorer | TextModelScorer) else []
+
+
+def value_trunk_source(scorer: Scorer) -> PreTrainedModel | None:
+    """The first reward model that reads the policy's own tokens: a value model can start from it."""
+    if isinstance(scorer, WeightedScorer):
+        return next(filter(None, map(value_trunk_source, scorer.scorers)), None)
+    return scorer.model if isinstance(scorer, ModelScorer) else None

@@ -1,0 +1,373 @@
+"""The main job. Its loop is the sentence
+
+prompts -> rollout -> log-probs (policy, reference) -> KL -> adjusted rewards -> advantages -> PPO update
+-> leash -> drift -> report
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kleash.advantages import generalized_advantages
+from kleash.batch import Prompts, Rollout
+from kleash.config import LeashConfig, RunConfig
+from kleash.drift import Record, SequenceFigures, explained_variance, record_of, sequence_figures
+from kleash.estimators import kl_policy_ref_per_token_k1, per_sequence
+from kleash.models import load_tokenizer
+from kleash.parts import Given
+from kleash.ppo import PPOConfig, Targets, minibatches_of, ppo_update, whitened_advantages
+from kleash.progress import RunProgress, silent_libraries
+from kleash.prompts import prompts_of_update
+from kleash.report import write_report
+from kleash.rewards import adjusted_rewards, missing_eos_penalised
+from kleash.rollout import RolloutConfig, rollout_of
+from kleash.run import Run, run_from, save, write_checkpoint
+from kleash.scorers import FunctionScorer, RewardFunction, Scorer, model_scorer
+from kleash.scoring import Scored, score_rollout
+from kleash.seeds import derived_seed, generator_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished or interrupted run left behind."""
+
+    out: Path
+    completed_updates: int
+    interrupted: bool
+    checkpoint: Path
+
+
+@dataclass(kw_only=True)
+class Stop:
+    """Set by the first Ctrl-C or SIGTERM; the loop looks at it after each update."""
+
+    requested: bool = False
+
+
+@contextmanager
+def _stop_on_signals(progress: RunProgress) -> Iterator[Stop]:
+    """The first signal lets the update finish and a checkpoint be saved; the second interrupts at once."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: object) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        progress.say("Finishing this update, then saving a checkpoint; once more stops at once.")
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Seconds by phase of one update."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[f"seconds_{name}"] = round(time.perf_counter() - start, 4)
+
+
+def train_run(config: RunConfig, given: Given, *, resume: bool = False, quiet: bool = False) -> RunResult:
+    """Run the updates of a configuration; see `train` for what it may raise.
+
+    Whatever stops the run between two updates, or before the steps of one, leaves a checkpoint behind.
+    """
+    with silent_libraries():
+        run = run_from(config, given, resume=resume)
+    main = run.accelerator.is_main_process
+    run.accelerator.init_trackers("kleash", config=_flat(config))
+    title = Path(config.out).name
+    with (
+        silent_libraries(),
+        RunProgress(title=title, updates=config.updates, completed=run.completed, quiet=quiet or not main) as progress,
+        _stop_on_signals(progress) as stop,
+    ):
+        try:
+            _loop(run, progress, stop)
+        except BaseException:
+            if main and run.weights_are_between_updates:
+                write_checkpoint(run)
+            raise
+        checkpoint = save(run)
+    if main and run.completed:
+        write_report([run.directory.path], run.directory.report)
+    run.accelerator.end_training()
+    interrupted = run.completed < config.updates
+    return RunResult(
+        out=run.directory.path, completed_updates=run.completed, interrupted=interrupted, checkpoint=checkpoint
+    )
+
+
+def _loop(run: Run, progress: RunProgress, stop: Stop) -> None:
+    while run.completed < run.config.updates:
+        record, timings, samples = update(run, run.completed + 1)
+        if run.accelerator.is_main_process:
+            run.directory.append("records.jsonl", [record])
+            run.directory.append("timings.jsonl", [timings])
+            run.directory.append("samples.jsonl", samples)
+            run.accelerator.log({key: value for key, value in record.items() if value is not None}, step=run.completed)
+        progress.show(record, timings)
+        if _anyone(run, stop.requested):
+            return
+        if run.completed % run.config.checkpoint.every == 0:
+            save(run)
+
+
+def _anyone(run: Run, flag: bool) -> bool:
+    """Whether the flag is set on any process."""
+    return bool(run.add_up(torch.tensor(float(flag), device=run.accelerator.device)) > 0)
+
+
+def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str, Any]]]:
+    """One update, from prompts to drift; returns its record, its seconds by phase, and some samples."""
+    config, clock = run.config, Clock()
+    set_seed(derived_seed(config.seed, "update", number, run.accelerator.process_index) % 2**32)
+    with clock.phase("total"):
+        with clock.phase("sampling"), run.accelerator.autocast():
+            prompts, rollout = _rollout(run, number)
+        with clock.phase("rewarding"), run.accelerator.autocast():
+            scores, eval_scores = _scores(run, prompts, rollout)
+        epochs = _epochs(run, number)
+        first_epoch = next(epochs)
+        with clock.phase("scoring"), run.accelerator.autocast():
+            micro_batches = [rows for minibatch in first_epoch for rows in minibatch]
+            scored = score_rollout(run.models, rollout, micro_batches, temperature=config.rollout.temperature)
+        figures = _gathered(run, sequence_figures(rollout, scored, scores, eval_scores))
+        targets, rewards, scale = _targets(run, rollout, scored, scores)
+        with clock.phase("optimising"):
+            run.weights_are_between_updates = False
+            stats = ppo_update(
+                run.models,
+                rollout,
+                targets,
+                chain([first_epoch], epochs),
+                config.ppo,
+                temperature=config.rollout.temperature,
+                optimizer=run.optimizer,
+                accelerator=run.accelerator,
+            )
+        record = record_of(
+            number,
+            figures,
+            stats,
+            rewards_per_sequence_mean=_mean_over_processes(run, per_sequence(rewards, rollout.response_mask)),
+            beta=run.leash.beta,
+            learning_rate=float(run.scheduler.get_last_lr()[0]),
+            advantage_std=scale,
+            explained=explained_variance(targets.old_values, targets.returns, rollout.response_mask),
+        )
+        run.leash = run.leash.after(figures.kl_interval.mean, sequences=figures.kl_interval.n)
+        run.scheduler.step()
+        run.completed = number
+        run.weights_are_between_updates = True
+    return record, {"update": number, **clock.seconds}, _samples(run, number, prompts, rollout, figures)
+
+
+def _rollout(run: Run, number: int) -> tuple[Prompts, Rollout]:
+    """This process's share of the update's prompts, and the policy's responses to them."""
+    config = run.config
+    count = config.rollout.prompts_per_update
+    own = run.share(count)
+    prompts = prompts_of_update(run.parts.prompts, number, per_update=count, seed=config.seed)
+    shape = (count, config.rollout.max_new_tokens)
+    uniforms = torch.rand(shape, dtype=torch.float64, generator=generator_for(config.seed, "sampling", number))
+    prompts = prompts.rows(own.start, own.stop)
+    rollout = rollout_of(
+        run.parts.policy,
+        prompts,
+        run.parts.tokenizer,
+        uniforms=uniforms[own],
+        config=config.rollout,
+        eos_token_ids=run.parts.eos_token_ids,
+        device=run.accelerator.device,
+    )
+    return prompts, rollout
+
+
+def _scores(run: Run, prompts: Prompts, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
+    device = run.accelerator.device
+    scores = run.parts.scorer(prompts, rollout).to(device)
+    if run.parts.eval_scorer is None:
+        return scores, None
+    return scores, run.parts.eval_scorer(prompts, rollout).to(device)
+
+
+def _epochs(run: Run, number: int) -> Iterator[list[list[Tensor]]]:
+    """The minibatches of each epoch, shuffled afresh."""
+    rows = run.config.rollout.prompts_per_update // run.accelerator.num_processes
+    for epoch in range(run.config.ppo.epochs):
+        generator = generator_for(run.config.seed, "minibatches", number, epoch, run.accelerator.process_index)
+        yield minibatches_of(rows, run.config.ppo, generator)
+
+
+def _targets(run: Run, rollout: Rollout, scored: Scored, scores: Tensor) -> tuple[Targets, Tensor, float]:
+    """What the steps aim at, the adjusted rewards [batch, time] behind it, and the scale of the advantages."""
+    ppo, mask = run.config.ppo, rollout.response_mask
+    kl = kl_policy_ref_per_token_k1(scored.policy_logprobs, scored.ref_logprobs, mask)
+    penalised = missing_eos_penalised(scores, rollout.finished, penalty=ppo.missing_eos_penalty)
+    rewards = adjusted_rewards(penalised, kl, mask, beta=run.leash.beta)
+    advantages, returns = generalized_advantages(
+        rewards, scored.values, mask, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda
+    )
+    whitened, scale = whitened_advantages(advantages, mask, ppo, reduce=run.add_up)
+    targets = Targets(
+        old_logprobs=scored.policy_logprobs, old_values=scored.values, advantages=whitened, returns=returns
+    )
+    return targets, rewards, scale
+
+
+def _gathered(run: Run, columns: dict[str, Tensor]) -> SequenceFigures:
+    """The per-sequence columns of all processes, in the order of the prompts."""
+    gathered = {name: run.accelerator.gather(column).cpu() for name, column in columns.items()}
+    return SequenceFigures(**{"eval_scores": None, **gathered})
+
+
+def _mean_over_processes(run: Run, values: Tensor) -> float:
+    return float(run.accelerator.gather(values).double().mean())
+
+
+def _samples(
+    run: Run, number: int, prompts: Prompts, rollout: Rollout, figures: SequenceFigures
+) -> list[dict[str, Any]]:
+    """Rows for samples.jsonl: the first prompts of the update, which the main process holds."""
+    count = min(run.config.samples_per_update, len(prompts))
+    return [
+        {
+            "update": number,
+            "index": i,
+            "prompt": prompts.texts[i],
+            "response": rollout.completions[i],
+            "score": float(figures.scores[i]),
+            "eval_score": None if figures.eval_scores is None else float(figures.eval_scores[i]),
+            "kl_policy_ref_per_sequence": float(figures.kl_policy_ref[i]),
+            "response_length": int(figures.length[i]),
+            "finished": bool(figures.finished[i]),
+        }
+        for i in range(count)
+    ]
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """The configuration as one level of dotted keys, for trackers."""
+    flat: dict[str, Any] = {}
+    for key, value in config.model_dump(mode="json").items():
+        flat |= (
+            {f"{key}.{name}": str(part) for name, part in value.items()}
+            if isinstance(value, dict)
+            else {key: str(value)}
+        )
+    return flat
+
+
+ModelOrPath = PreTrainedModel | str | Path
+Reward = RewardFunction | PreTrainedModel | str | Path
+
+
+def train(
+    *,
+    policy: ModelOrPath,
+    reward: Reward,
+    prompts: list[str] | list[dict[str, Any]] | str | Path,
+    out: str | Path,
+    reference: ModelOrPath | None = None,
+    eval_reward: Reward | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    leash: LeashConfig | None = None,
+    rollout: RolloutConfig | None = None,
+    ppo: PPOConfig | None = None,
+    updates: int = 100,
+    seed: int = 0,
+    resume: bool = False,
+    quiet: bool = False,
+) -> RunResult:
+    """Train a policy against a reward on a KL leash: `kleash train` with models, paths or functions.
+
+    Args:
+      policy: a causal model (trained in place) or where to load one.
+      reward: `f(prompts, completions, **columns) -> list[float]`, a reward model, a path, or "module:function".
+      prompts: strings, rows with a key `prompt`, a file, or a data set's name.
+      out: directory of the run; must not hold another one unless `resume`.
+      reference: what the KL is measured to; None = a frozen copy of the policy as it comes in.
+      eval_reward: the held-out judge, in the same forms as reward; trains nothing.
+      tokenizer: of the policy; None = loaded from where the policy came from.
+      leash: None = a fixed beta of 0.05.
+      rollout, ppo: None = their defaults.
+      updates, seed: length of the run, and what every random number follows from.
+      resume: go on from the newest checkpoint in `out`.
+      quiet: no progress on stderr.
+
+    Returns:
+      RunResult: where the run lies, its last checkpoint, and whether a signal interrupted it.
+
+    Raises:
+      InputError: something given cannot be used; found before the first step wherever possible.
+      RunStopped: the run stopped itself, for example on a loss that is not finite.
+    """
+    config = RunConfig(
+        policy=_name(policy),
+        reward=_name(reward),
+        prompts="given as a list" if isinstance(prompts, list) else str(prompts),
+        out=str(out),
+        reference=None if reference is None else _name(reference),
+        eval_reward=None if eval_reward is None else _name(eval_reward),
+        leash=leash or LeashConfig(),
+        rollout=rollout or RolloutConfig(),
+        ppo=ppo or PPOConfig(),
+        updates=updates,
+        seed=seed,
+    )
+    if tokenizer is None:
+        source = policy.config._name_or_path if isinstance(policy, PreTrainedModel) else policy
+        tokenizer = load_tokenizer(source)
+    given = Given(
+        policy=policy if isinstance(policy, PreTrainedModel) else None,
+        tokenizer=tokenizer,
+        reference=reference if isinstance(reference, PreTrainedModel) else None,
+        scorer=_scorer(reward, tokenizer),
+        eval_scorer=None if eval_reward is None else _scorer(eval_reward, tokenizer),
+        rows=[{"prompt": row} if isinstance(row, str) else row for row in prompts]
+        if isinstance(prompts, list)
+        else None,
+    )
+    return train_run(config, given, resume=resume, quiet=quiet)
+
+
+def _name(thing: ModelOrPath | Reward) -> str:
+    """How a configuration names what was handed over as an object."""
+    if isinstance(thing, str | Path):
+        return str(thing)
+    if isinstance(thing, PreTrainedModel):
+        return f"given as a {type(thing).__name__}"
+    return f"given as the function {getattr(thing, '__qualname__', type(thing).__name__)}"
+
+
+def _scorer(reward: Reward, tokenizer: PreTrainedTokenizerBase) -> Scorer | None:
+    """A scorer for what was handed over as an object; None for a name, which the configuration resolves."""
+    if isinstance(reward, str | Path):
+        return None
+    if isinstance(reward, PreTrainedModel):
+        return model_scorer(reward, _name(reward), tokenizer)
+    return FunctionScorer(function=reward, name=_name(reward))
