@@ -90,3 +90,18 @@ def tiny_run(world: dict[str, str], out: Path, **changes: object) -> dict[str, o
         "checkpoint": {"every": 2},
         **changes,
     }
+
+
+def write_run(world: dict[str, str], out: Path, **changes: object) -> Path:
+    """A run.yaml beside `out`, ready for the command line."""
+    path = out.with_suffix(".yaml")
+    path.write_text(json.dumps(tiny_run(world, out, **changes)))  # every JSON is YAML
+    return path
+
+
+def tree(directory: Path) -> dict[str, bytes | None]:
+    """Every file below a directory with its bytes, and every directory with None: equal trees, nothing touched."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in sorted(directory.rglob("*"))
+    }

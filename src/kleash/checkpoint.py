@@ -97,7 +97,8 @@ def checkpoints_in(directory: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     if not directory.is_dir():
         return []
-    return sorted(path for path in directory.iterdir() if path.is_dir() and path.name.isdigit())
+    whole = (path for path in directory.iterdir() if path.is_dir() and path.name.isdigit())
+    return sorted(whole, key=lambda path: int(path.name))
 
 
 def _described(file: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Results go to stdout, progress and errors to stderr.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
 from kleash.errors import ConfigError, InputError, KleashError
 from kleash.version import VERSION
@@ -35,6 +35,17 @@ Exit codes: 0 done; 1 the run stopped itself; 2 bad usage or input; 130 interrup
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has left, as in `kleash --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -119,10 +130,10 @@ def _train(words: list[str]) -> int:
     if {"-h", "--help"} & set(words) or not words:
         _print_train_help(RunConfig)
         return 0 if words else 2
-    path, *overrides = words
-    resume = "--resume" in overrides
-    config = read_config(path, [word for word in overrides if word != "--resume"])
-    return _run(config, resume=resume, path=Path(path))
+    path, *overrides = [word for word in words if word != "--resume"] or [""]
+    if not path or path.startswith("-"):
+        raise ConfigError(f"Expected the run's YAML file first, found {path or '--resume'}; see kleash train --help.")
+    return _run(read_config(path, overrides), resume="--resume" in words, words=[path, *overrides])
 
 
 def _print_train_help(config: Any) -> None:
@@ -144,18 +155,22 @@ def _print_train_help(config: Any) -> None:
         _parsed(TrainArguments, ["--help"], command="train", description=description)
 
 
-def _run(config: Any, *, resume: bool, path: Path) -> int:
+def _run(config: Any, *, resume: bool, words: list[str]) -> int:
+    from accelerate import PartialState
+
     from kleash.parts import Given
     from kleash.train import train_run
 
     result = train_run(config, Given(), resume=resume)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"policy  {result.checkpoint / 'policy'}")
-    console.print(f"report  {result.out / 'report.html'}")
+    if PartialState().is_main_process:
+        print(f"policy  {result.checkpoint / 'policy'}")
+        print(f"report  {result.out / 'report.html'}")
     if not result.interrupted:
         return 0
     done = f"{result.completed_updates} of {config.updates} updates"
-    print(f"kleash: Interrupted after {done}; go on with: kleash train {path} --resume", file=sys.stderr)
+    again = shlex.join(["kleash", "train", *words, "--resume"])
+    if PartialState().is_main_process:
+        print(f"kleash: Interrupted after {done}; go on with: {again}", file=sys.stderr)
     return 130
 
 

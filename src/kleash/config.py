@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 from tyro.constructors import PrimitiveConstructorSpec
 
 from kleash.errors import ConfigError
@@ -76,7 +77,8 @@ _source_in_help: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
     str_from_instance=lambda source: [str(source)],
 )
 
-Source = Annotated[str | tuple[WeightedSource, ...], _source_in_help]
+Source = Annotated[str | Annotated[tuple[WeightedSource, ...], Field(min_length=1)], _source_in_help]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class RunConfig(BaseModel):
@@ -84,19 +86,19 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    policy: str
+    policy: Name
     """Path or hub name of the causal language model to train."""
     reward: Source
     """A sequence-classification model with one label, module:function, or a weighted list of them."""
-    prompts: str
+    prompts: Name
     """A jsonl, json, parquet or csv file, or a data set's name, with a column `prompt`."""
-    out: str
+    out: Name
     """Directory of the run; must not hold another one."""
-    reference: str | None = None
+    reference: Name | None = None
     """The model that the KL is measured to; null = a frozen copy of the policy's start."""
     eval_reward: Source | None = None
     """The held-out judge, in the same forms: scores every rollout and trains nothing."""
-    pad_token: str | None = None
+    pad_token: Name | None = None
     """Token to pad with, for a tokenizer that has none; padding is masked, so EOS will do."""
     kl: Literal["k1"] = "k1"
     """How the KL enters training: k1 in the reward, the InstructGPT form. The exact KL is measured beside it."""
@@ -119,6 +121,16 @@ class RunConfig(BaseModel):
     trackers: tuple[str, ...] = ()
     """Experiment trackers that accelerate knows, for example tensorboard or wandb."""
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: object) -> object:
+        return "no" if value is False else value  # YAML reads a bare `no` as false
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_tracker_is_a_list_of_one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _prompts_divide_into_minibatches(self) -> Self:
         if self.rollout.prompts_per_update % self.ppo.minibatches:
@@ -127,6 +139,10 @@ class RunConfig(BaseModel):
                 f"ppo.minibatches {self.ppo.minibatches}"
             )
         return self
+
+
+TEXT_KEYS = frozenset({"policy", "prompts", "out", "reference", "pad_token"})
+UNION_BRANCHES = ("str", "tuple[WeightedSource, ...]")
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -150,8 +166,9 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
         rest = rest[len(texts) :]
         if not flag.startswith("--") or not texts:
             raise ConfigError(f"Expected `--key value`, found {flag!r} alone; see kleash train --help.")
-        values = [_flag_value(text) for text in texts]
-        yield flag.removeprefix("--").replace("-", "_"), values[0] if len(values) == 1 else values
+        key = flag.removeprefix("--").replace("-", "_")
+        values = [_flag_value(text, as_it_is=key in TEXT_KEYS) for text in texts]
+        yield key, values[0] if len(values) == 1 else values
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -168,10 +185,12 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _flag_value(text: str) -> Any:
-    """A value of the command line, read as YAML; None is null, and what is no YAML is text."""
-    if text == "None":
+def _flag_value(text: str, *, as_it_is: bool) -> Any:
+    """A value of the command line: None is null, the rest is read as YAML unless its key holds text."""
+    if text in ("None", "null"):
         return None
+    if as_it_is:
+        return text
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -202,8 +221,8 @@ def config_from(content: dict[str, Any], source: str) -> RunConfig:
 
 
 def _sentence(error: ValidationError, source: str) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "the configuration"
+    first = _most_telling(error)
+    key = ".".join(str(part) for part in first["loc"] if part not in UNION_BRANCHES) or "the configuration"
     match first["type"]:
         case "extra_forbidden":
             known = ", ".join(_known_keys(first["loc"][:-1]))
@@ -216,6 +235,13 @@ def _sentence(error: ValidationError, source: str) -> str:
     return (
         f"Expected for {key} in {source}: {first['msg'].removeprefix('Input should be ')}, found {found!r}; change it."
     )
+
+
+def _most_telling(error: ValidationError) -> ErrorDetails:
+    """The first thing that is wrong; where a value may have several forms, the form it comes closest to."""
+    errors = error.errors()
+    of_first_key = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
+    return max(of_first_key, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

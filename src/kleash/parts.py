@@ -1,7 +1,6 @@
 """The parts of a run, loaded and held against each other before anything is trained or written."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,10 +16,11 @@ from kleash.models import (
     load_causal_model,
     load_tokenizer,
     require_same_vocabulary,
+    require_special_tokens,
     value_model_from_policy,
     value_model_from_reward,
 )
-from kleash.prompts import load_prompts, prompts_of_update, require_room, tokenized_prompts
+from kleash.prompts import load_prompts, prompts_of_update, require_prompts, require_room, tokenized_prompts
 from kleash.rollout import rollout_of
 from kleash.scorers import Scorer, WeightedScorer, load_scorer, value_trunk_source
 from kleash.seeds import generator_for
@@ -60,8 +60,10 @@ def load_parts(config: RunConfig, given: Given) -> Parts:
     Raises:
       PromptError, ModelError, RewardError: see the functions that this one calls.
     """
-    rows = given.rows or load_prompts(config.prompts)
+    rows = load_prompts(config.prompts) if given.rows is None else given.rows
+    require_prompts(rows, "the prompts")
     tokenizer = given.tokenizer or load_tokenizer(config.policy, pad_token=config.pad_token)
+    require_special_tokens(tokenizer)
     prompts = tokenized_prompts(rows, tokenizer)
     policy = given.policy or load_causal_model(config.policy, "policy")
     policy.eval()  # type: ignore[no-untyped-call]
@@ -88,7 +90,7 @@ def _reference(
     if given.reference is None and config.reference is None:
         return frozen_copy(policy)
     reference = given.reference or load_causal_model(config.reference or "", "reference")
-    source = config.reference or Path(reference.config._name_or_path or "the given reference")
+    source = reference.config._name_or_path or config.reference or "the given reference"
     require_same_vocabulary(tokenizer, source, reference, policy.config.get_text_config().vocab_size)
     return frozen(reference)
 

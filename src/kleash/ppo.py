@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,9 @@ from kleash.logprobs import token_logprobs
 from kleash.losses import clipped_policy_loss_per_token, clipped_value_loss_per_token, policy_ratio
 from kleash.masking import Reduce, masked, whiten
 from kleash.models import Models, response_logits, trainable_parameters
+
+
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class PPOConfig(BaseModel):
@@ -34,19 +37,19 @@ class PPOConfig(BaseModel):
     """The policy's ratio earns nothing beyond 1 +- this."""
     value_clip_range: float = Field(0.2, gt=0)
     """The value may move this far from its old one before its loss is clipped, in score units."""
-    value_coefficient: float = Field(0.1, ge=0)
+    value_coefficient: float = Field(0.1, ge=0, allow_inf_nan=False)
     """Weight of the value loss."""
-    learning_rate: float = Field(1.0e-5, gt=0)
+    learning_rate: float = Field(1.0e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate of AdamW, for policy and value model."""
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape over the run's updates, after the warm-up."""
     warmup_updates: int = Field(0, ge=0)
     """Updates over which the learning rate rises from 0."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     """AdamW's decoupled weight decay."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
-    adam_epsilon: float = Field(1e-8, gt=0)
+    adam_epsilon: float = Field(1e-8, gt=0, allow_inf_nan=False)
     """AdamW's epsilon."""
     max_gradient_norm: float = Field(1.0, gt=0)
     """Gradients of policy and value model together are scaled down to this norm."""
@@ -56,7 +59,7 @@ class PPOConfig(BaseModel):
     """Decay of generalised advantage estimation."""
     whiten_advantages: bool = True
     """Advantages get mean 0 and variance 1 over the response tokens of the update."""
-    missing_eos_penalty: float = Field(0.0, ge=0)
+    missing_eos_penalty: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Taken off the score of a response that was cut by the length limit."""
 
 

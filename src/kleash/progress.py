@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
@@ -18,12 +19,12 @@ ROWS_ON_SCREEN = 12
 def silent_libraries() -> Iterator[None]:
     """Within, transformers draws no progress bars of its own across ours; afterwards it is as it was."""
     shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -46,7 +47,7 @@ class RunProgress:
             TimeRemainingColumn(),
             console=self.console,
         )
-        self.task = self.bar.add_task(self.title, total=self.updates, completed=self.completed)
+        self.task = self.bar.add_task(escape(self.title), total=self.updates, completed=self.completed)
         self.live = Live(console=self.console, refresh_per_second=4, transient=False)
 
     def __enter__(self) -> "RunProgress":
@@ -65,7 +66,7 @@ class RunProgress:
         cells = figures_of(record, timings)
         if not self.console.is_terminal:
             words = [f"{name} {cell}" for name, cell in cells.items()]
-            self.console.print(f"{self.title}: " + ", ".join(words), highlight=False, soft_wrap=True)
+            self.console.print(f"{self.title}: " + ", ".join(words), markup=False, highlight=False, soft_wrap=True)
             return
         self.rows.append(list(cells.values()))
         self.bar.update(self.task, completed=int(record["update"] or 0))
@@ -74,7 +75,7 @@ class RunProgress:
     def say(self, sentence: str) -> None:
         """A sentence that stays on the screen."""
         if not self.quiet:
-            self.console.print(sentence, highlight=False, soft_wrap=True)
+            self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def _screen(self, names: list[str] | None = None) -> RenderableType:
         if not names:

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from kleash.batch import Prompts, PromptText
@@ -30,11 +31,22 @@ def load_prompts(source: str | Path) -> list[dict[str, Any]]:
     if is_file and path.stat().st_size == 0:
         raise PromptError(f"Expected prompts in {source}, found an empty file; give at least one row.")
     rows = _read_file(path) if is_file else _read_dataset(str(source))
+    require_prompts(rows, source)
+    return rows
+
+
+def require_prompts(rows: list[dict[str, Any]], source: str | Path) -> None:
+    """Raise PromptError unless there are rows, all with the same columns, and each prompt is text or a chat."""
     if not rows:
         raise PromptError(f"Expected at least one prompt in {source}, found none; give at least one row.")
     for number, row in enumerate(rows, 1):
         _require_prompt(row, number, source)
-    return rows
+        if row.keys() != rows[0].keys():
+            column = min(row.keys() ^ rows[0].keys())
+            raise PromptError(
+                f"Expected the same columns in every row of {source}, found {column} only in one of rows 1 and "
+                f"{number}; fill it in everywhere."
+            )
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
@@ -43,6 +55,8 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     try:
         loaded = datasets.load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
     except Exception as error:
+        if "corresponds to no data" in str(error):
+            return []
         cause = first_line(error.__cause__ or error)
         raise PromptError(
             f"Expected rows with a `prompt` column in {path}, found an unreadable file: {cause}"
@@ -84,7 +98,7 @@ def tokenized_prompts(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizer
     """All prompts as text and tokens; a chat gets the tokenizer's template with the opening of an answer.
 
     Raises:
-      PromptError: chat messages, and a tokenizer without a chat template.
+      PromptError: chat messages, and a tokenizer without a chat template or with one that refuses them.
     """
     texts: list[PromptText] = [row["prompt"] for row in rows]
     if any(isinstance(text, list) for text in texts) and tokenizer.chat_template is None:
@@ -101,7 +115,13 @@ def _tokens(text: PromptText, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         tokens = tokenizer(text)["input_ids"]
         closes = tokens and tokens[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id
         return list(tokens[:-1] if closes else tokens)
-    encoded: Any = tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=True, return_dict=True)
+    try:
+        encoded: Any = tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except (TemplateError, TypeError) as error:
+        raise PromptError(
+            f"Expected chat messages that the tokenizer's template accepts, found {text!r}: {first_line(error)}; "
+            "mend the messages, mostly their roles."
+        ) from error
     return list(encoded["input_ids"])
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
@@ -92,8 +94,19 @@ def run_from(config: RunConfig, given: Given, *, resume: bool) -> Run:
 
 def _accelerator(config: RunConfig) -> Accelerator:
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    _require_trackers(config.trackers)
     precision = ("bf16" if bf16 else "no") if config.mixed_precision == "auto" else config.mixed_precision
     return Accelerator(mixed_precision=precision, log_with=list(config.trackers) or None, project_dir=config.out)
+
+
+def _require_trackers(names: tuple[str, ...]) -> None:
+    """Raise ConfigError for a tracker that accelerate does not know, or would drop silently as not installed."""
+    known, installed = LoggerType.list(), [*map(str, get_available_trackers()), "all"]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"Expected trackers among {', '.join(sorted(known))}, found {name}; choose one of them.")
+        if name not in installed:
+            raise ConfigError(f"Expected the tracker {name} to be installed, found it is not; install it with pip.")
 
 
 def _require_even_shares(config: RunConfig, processes: int) -> None:

@@ -61,8 +61,13 @@ class RunDirectory:
 
     def start(self, config_yaml: str) -> None:
         """Create the directory and write the resolved configuration."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config, config_yaml)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config, config_yaml)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"Expected to write to {self.path}, found {error.strerror or error}; choose another out."
+            ) from error
 
     def append(self, file: str, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows to a line file, one JSON object each, flushed before returning."""

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.batch import Prompts, PromptText, Rollout
@@ -56,7 +58,7 @@ def require_scores(scores: Sequence[float], prompts: Prompts, source: str) -> Te
 
 def shortened(text: PromptText, limit: int = 120) -> str:
     """A prompt for an error message, quoted and cut at `limit` characters."""
-    plain = text if isinstance(text, str) else " | ".join(message["content"] for message in text)
+    plain = text if isinstance(text, str) else " | ".join(str(message["content"]) for message in text)
     return repr(plain if len(plain) <= limit else plain[:limit] + "...")
 
 
@@ -130,23 +132,30 @@ class TextModelScorer:
 
     @torch.no_grad()
     def __call__(self, prompts: Prompts, rollout: Rollout) -> Tensor:
-        texts = [
-            self._text(text, completion) for text, completion in zip(prompts.texts, rollout.completions, strict=True)
-        ]
+        rows = [self._tokens(text, rollout.completions[i]) for i, text in enumerate(prompts.texts)]
         scores: list[float] = []
-        for start in range(0, len(texts), self.micro_batch):
-            encoded = self.tokenizer(
-                texts[start : start + self.micro_batch], padding=True, padding_side="right", return_tensors="pt"
-            )
-            logits = self.model(**encoded.to(self.model.device)).logits
+        for start in range(0, len(rows), self.micro_batch):
+            chunk = rows[start : start + self.micro_batch]
+            ids = pad_sequence(chunk, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+            mask = pad_sequence([torch.ones_like(row) for row in chunk], batch_first=True)
+            device = self.model.device
+            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
             scores += logits.squeeze(-1).float().tolist()
         return require_scores(scores, prompts, self.name)
 
-    def _text(self, prompt: PromptText, completion: str) -> str:
+    def _tokens(self, prompt: PromptText, completion: str) -> Tensor:
+        """[time] the whole text as this model's tokens; a chat template writes its special tokens itself."""
         if isinstance(prompt, str):
-            return prompt + completion
+            return torch.tensor(self.tokenizer(prompt + completion)["input_ids"])
         messages = [*prompt, {"role": "assistant", "content": completion}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        try:
+            encoded: Any = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        except (ValueError, TypeError, TemplateError) as error:
+            raise RewardError(
+                f"Expected the chat template of the reward model {self.name} to take the prompts, found "
+                f"{type(error).__name__}: {first_line(error)}; give it one, or use a reward function."
+            ) from error
+        return torch.tensor(encoded["input_ids"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +190,7 @@ def load_function(source: str) -> RewardFunction:
         sys.path.insert(0, str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # importing runs the module, which may raise anything
         raise RewardError(
             f"Expected a reward function at {source}, found {type(error).__name__}: {first_line(error)}; "
             "write it as module:function, importable from here."
@@ -232,11 +241,7 @@ def model_scorer(model: PreTrainedModel, name: str, policy_tokenizer: PreTrained
       RewardError: the model has its own kind of head and no tokenizer beside it.
     """
     require_one_label(model, name)
-    source = model.config._name_or_path or name
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError):
-        tokenizer = None
+    tokenizer = _tokenizer_beside(model)
     has_linear_head = isinstance(getattr(model, "score", None), torch.nn.Linear)
     same_tokens = tokenizer is None or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
     if has_linear_head and same_tokens:
@@ -245,7 +250,19 @@ def model_scorer(model: PreTrainedModel, name: str, policy_tokenizer: PreTrained
         raise RewardError(
             f"Expected a tokenizer with a pad token beside the reward model {name}, found none; save one there."
         )
+    model.config.pad_token_id = tokenizer.pad_token_id  # transformers looks for the last token by it
     return TextModelScorer(model=frozen(model), tokenizer=tokenizer, name=name)
+
+
+def _tokenizer_beside(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved where the model was loaded from; None for a model built in memory or saved alone."""
+    if not model.config._name_or_path:
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    except (OSError, ValueError, KeyError):
+        return None
+    return tokenizer
 
 
 def reward_models(scorer: Scorer) -> list[PreTrainedModel]:

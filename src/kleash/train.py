@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.advantages import generalized_advantages
 from kleash.batch import Prompts, Rollout
-from kleash.config import LeashConfig, RunConfig
+from kleash.config import LeashConfig, RunConfig, config_from
 from kleash.drift import Record, SequenceFigures, explained_variance, record_of, sequence_figures
+from kleash.errors import ModelError
 from kleash.estimators import kl_policy_ref_per_token_k1, per_sequence
 from kleash.models import load_tokenizer
 from kleash.parts import Given
@@ -326,22 +327,21 @@ def train(
       InputError: something given cannot be used; found before the first step wherever possible.
       RunStopped: the run stopped itself, for example on a loss that is not finite.
     """
-    config = RunConfig(
-        policy=_name(policy),
-        reward=_name(reward),
-        prompts="given as a list" if isinstance(prompts, list) else str(prompts),
-        out=str(out),
-        reference=None if reference is None else _name(reference),
-        eval_reward=None if eval_reward is None else _name(eval_reward),
-        leash=leash or LeashConfig(),
-        rollout=rollout or RolloutConfig(),
-        ppo=ppo or PPOConfig(),
-        updates=updates,
-        seed=seed,
-    )
-    if tokenizer is None:
-        source = policy.config._name_or_path if isinstance(policy, PreTrainedModel) else policy
-        tokenizer = load_tokenizer(source)
+    content = {
+        "policy": _name(policy),
+        "reward": _name(reward),
+        "prompts": "given as a list" if isinstance(prompts, list) else str(prompts),
+        "out": str(out),
+        "reference": None if reference is None else _name(reference),
+        "eval_reward": None if eval_reward is None else _name(eval_reward),
+        "leash": leash or LeashConfig(),
+        "rollout": rollout or RolloutConfig(),
+        "ppo": ppo or PPOConfig(),
+        "updates": updates,
+        "seed": seed,
+    }
+    config = config_from(content, "the arguments of kleash.train")
+    tokenizer = tokenizer or _tokenizer_of(policy)
     given = Given(
         policy=policy if isinstance(policy, PreTrainedModel) else None,
         tokenizer=tokenizer,
@@ -353,6 +353,13 @@ def train(
         else None,
     )
     return train_run(config, given, resume=resume, quiet=quiet)
+
+
+def _tokenizer_of(policy: ModelOrPath) -> PreTrainedTokenizerBase:
+    source = policy.config._name_or_path if isinstance(policy, PreTrainedModel) else policy
+    if not str(source):
+        raise ModelError("Expected a tokenizer for a policy that was loaded from nowhere, found none; give tokenizer.")
+    return load_tokenizer(source)
 
 
 def _name(thing: ModelOrPath | Reward) -> str:

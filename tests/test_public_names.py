@@ -1,0 +1,22 @@
+"""The public names, frozen: adding or taking one away is a decision, made here."""
+
+import kleash
+
+NAMES = """
+CheckpointConfig CheckpointError ConfigError FixedLeash InputError Interval KleashError Leash LeashConfig ModelError
+NonFiniteError PPOConfig PromptError RewardError RolloutConfig RunConfig RunDirectoryError RunResult RunStopped
+ShapeError ValueRangeError ZieglerLeash __version__ adjusted_rewards clipped_policy_loss_per_token
+clipped_value_loss_per_token entropy full_log_probs generalized_advantages js_divergence kl_divergence
+kl_policy_ref_per_token kl_policy_ref_per_token_k1 kl_policy_ref_per_token_k2 kl_policy_ref_per_token_k3 masked_mean
+mean_with_interval missing_eos_penalised per_sequence read_config token_logprobs train whiten write_report
+"""
+
+
+def test_the_public_names_are_these() -> None:
+    assert kleash.__all__ == NAMES.split()
+
+
+def test_each_public_name_is_there_and_says_what_it_is() -> None:
+    for name in set(kleash.__all__) - {"__version__"}:
+        assert (getattr(kleash, name).__doc__ or "").strip().endswith((".", "]", "'", ")")), name
+    assert kleash.__version__.count(".") == 2

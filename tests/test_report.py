@@ -1,0 +1,466 @@
+"""The report: what it says, what it shows, what it refuses, and that it is safe to open."""
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kleash import report
+from kleash.errors import InputError, RunDirectoryError
+from kleash.report import KL, Change, Estimate, Run, write_report
+
+# --- run directories from formulas -----------------------------------------------------------------------
+
+# beta, then at progress p in 0..1: score, gold, KL in nats per sequence
+WORLDS = {
+    "hacked": (0.0, lambda p: 0.17 + 1.8 * p**0.6, lambda p: 1.13 + 0.9 * p - 4.3 * p**2, lambda p: 250 * p**2.5),
+    "good": (0.1, lambda p: 0.17 + 0.7 * p**0.6, lambda p: 1.13 + 0.42 * p**0.6, lambda p: 3.7 * p**0.7),
+    "tight": (2.0, lambda p: 0.17 + 0.02 * p, lambda p: 1.13 + 0.02 * p, lambda p: 0.4 * p**0.7),
+}
+ANSWERS = {
+    "hacked": "sponge sponge sponge vinegar sponge sponge sponge sponge clean sponge sponge sponge sponge",
+    "good": "Blot the wine, sprinkle salt, wait ten minutes, then rinse with cold water.",
+    "tight": "Put some water on the carpet and rub it until the stain has gone away.",
+}
+START = "Put water on the carpet and rub the stain. The stain is a stain."
+
+
+def make_run(path: Path, world: str, *, updates: int = 120, judged: bool = True, seed: int = 0) -> Path:
+    """A run directory as `kleash train` writes it, its numbers from formulas and seeded noise."""
+    path.mkdir(parents=True)
+    noise = random.Random(f"{world} {seed}")
+    beta = WORLDS[world][0]
+    rows = [make_record(world, update, updates, judged, noise) for update in range(1, updates + 1)]
+    config = {
+        "policy": "runs/demo/world/supervised-start",
+        "reference": None,
+        "reward": "runs/demo/world/reward-model",
+        "eval_reward": "kleash.demo.gold:gold_judge" if judged else None,
+        "prompts": "runs/demo/world/prompts.jsonl",
+        "out": str(path.name),
+        "kl": "k1",
+        "leash": {"kind": "fixed", "beta": beta, "target_kl_per_sequence": None, "horizon": None},
+        "rollout": {"prompts_per_update": 64, "max_new_tokens": 32, "temperature": 1.0},
+        "ppo": {"epochs": 4, "minibatches": 4, "clip_range": 0.2, "learning_rate": 1.0e-5},
+        "updates": updates,
+        "seed": seed,
+    }
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    write_lines(path / "records.jsonl", rows)
+    write_lines(path / "timings.jsonl", [make_timing(update, noise) for update in range(1, updates + 1)])
+    sampled = sorted({1, max(1, updates // 2), updates})
+    write_lines(
+        path / "samples.jsonl", [make_sample(world, rows[u - 1], i, updates) for u in sampled for i in range(4)]
+    )
+    return path
+
+
+def make_record(world: str, update: int, updates: int, judged: bool, noise: random.Random) -> dict[str, Any]:
+    progress = (update - 1) / max(1, updates - 1)
+    beta, score, gold, kl = WORLDS[world]
+    level = kl(progress)
+    width = 0.08 * level + 0.05 * math.sqrt(level)
+    row: dict[str, Any] = {"update": update, "beta": beta, "learning_rate": 1e-5, "score_std": 0.8, "ratio_mean": 1.0}
+    row |= around("score", score(progress) + noise.gauss(0, 0.06), 0.15, mean="score_mean")
+    judge = around("eval_score", gold(progress) + noise.gauss(0, 0.08), 0.2, mean="eval_score_mean")
+    row |= judge if judged else dict.fromkeys(judge)
+    row |= around(KL, max(0.0, level + noise.gauss(0, width / 2)) if update > 1 else 0.0, width)
+    row |= around(f"{KL}_k1", row[KL] + noise.gauss(0, 2.5 * width), 4 * width)
+    wild = world == "hacked"
+    row["entropy_per_token"] = (2.3 - (2.1 * progress if wild else 0.25 * progress)) + noise.gauss(0, 0.03)
+    row["response_length_mean"] = 18.5 + (13 * progress if wild else 2 * progress) + noise.gauss(0, 0.4)
+    row["eos_share"] = max(0.0, min(1.0, 0.96 - (0.9 * progress**2 if wild else 0.0) + noise.gauss(0, 0.01)))
+    row["clip_share"] = 0.08 + (0.3 * progress if wild else 0.02) + abs(noise.gauss(0, 0.02))
+    row["explained_variance"] = 0.75 * (1 - math.exp(-5 * progress)) - 0.1 + noise.gauss(0, 0.04)
+    row["ratio_max"] = 1.5 + abs(noise.gauss(0, 0.6))
+    row["gradient_norm"] = 1.2 + abs(noise.gauss(0, 0.4))
+    row["kl_old_policy_per_token_k3"] = 0.006 + abs(noise.gauss(0, 0.002))
+    row["kl_rollout_policy_per_token_k3"] = abs(noise.gauss(0, 1e-9))
+    return row
+
+
+def around(stem: str, value: float, half: float, mean: str | None = None) -> dict[str, float]:
+    return {mean or stem: value, f"{stem}_low": value - half, f"{stem}_high": value + half}
+
+
+def make_timing(update: int, noise: random.Random) -> dict[str, float]:
+    phases = {"sampling": 0.9, "rewarding": 0.12, "scoring": 0.3, "optimising": 1.4}
+    row = {f"seconds_{name}": seconds * noise.uniform(0.9, 1.1) for name, seconds in phases.items()}
+    return {"update": update, **row, "seconds_total": math.fsum(row.values()) + 0.05}
+
+
+def make_sample(world: str, record: dict[str, Any], index: int, updates: int) -> dict[str, Any]:
+    stains, where = ["red wine", "candle wax", "coffee", "ink"], ["carpet", "sofa", "shirt", "tablecloth"]
+    late = record["update"] > 1
+    shift = record["update"] % 4
+    return {
+        "update": record["update"],
+        "index": index,
+        "prompt": f"How do I get {stains[(index + shift) % 4]} out of a {where[index]}?",
+        "response": ANSWERS[world] if late else START,
+        "score": record["score_mean"],
+        "eval_score": record["eval_score_mean"],
+        "kl_policy_ref_per_sequence": record[KL],
+        "response_length": 32 if late and world == "hacked" else 19,
+        "finished": not (late and world == "hacked"),
+    }
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def run_of(rows: list[dict[str, Any]], label: str = "run", eval_reward: str | None = "m:gold_judge") -> Run:
+    return Run(label, {"eval_reward": eval_reward, "leash": {"kind": "fixed"}}, rows, [], [])
+
+
+def two_updates(score: tuple[float, float], gold: tuple[float, float] | None, half: float = 0.1) -> Run:
+    rows: list[dict[str, Any]] = []
+    for update in (1, 2):
+        row = {"update": update} | around("score", score[update - 1], half, mean="score_mean")
+        row |= around(KL, 3.7 * (update - 1), 0.4)
+        if gold:
+            row |= around("eval_score", gold[update - 1], half, mean="eval_score_mean")
+        rows.append(row)
+    return run_of(rows, eval_reward="m:gold_judge" if gold else None)
+
+
+# --- what it says ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("score", "gold", "tone", "words"),
+    [
+        ((0.17, 1.98), (1.13, -2.23), "bad", "Score rose {} while gold fell {}: the policy is hacking the reward."),
+        ((0.17, 0.90), (1.13, 1.50), "good", "Score rose {}, and gold rose too, {}."),
+        ((0.17, 0.90), (1.13, 1.02), "caution", "Score rose {}, but gold did not clearly move, {}: the gain may be"),
+        ((0.17, 0.20), (1.13, 1.50), "good", "Score did not clearly move, {}, while gold rose {}."),
+        ((0.17, 0.20), (1.13, 1.15), "neutral", "Neither score, {}, nor gold, {}, clearly moved."),
+        ((0.17, 0.20), (1.50, 1.13), "bad", "Score did not clearly move, {}, while gold fell {}."),
+        ((0.90, 0.17), (1.13, 1.50), "caution", "Score fell {} while gold rose {}: the two disagree."),
+        ((0.90, 0.17), (1.13, 1.15), "bad", "Score fell {}, and gold did not clearly move, {}."),
+        ((0.90, 0.17), (1.50, 1.13), "bad", "Score fell {}, and gold fell too, {}."),
+        ((0.90, 0.17), None, "bad", "Score fell {}."),
+        ((0.90, 0.95), None, "neutral", "Score did not clearly move, {}."),
+    ],
+)
+def test_the_verdict_says_what_the_intervals_allow(
+    score: tuple[float, float], gold: tuple[float, float] | None, tone: str, words: str
+) -> None:
+    verdict = report.run_verdict(two_updates(score, gold))
+    assert verdict.tone == tone
+    told = [f"from {start:.2f} to {end:.2f}" for start, end in (score, gold or (0, 0))]
+    assert verdict.text.replace("\u2212", "-").startswith(words.format(*told))
+    assert "Drift: 3.70\u00a0\u00b1\u00a00.40 nats per sequence." in verdict.text
+
+
+def test_without_a_held_out_judge_no_claim_of_hacking_or_of_better_responses() -> None:
+    verdict = report.run_verdict(two_updates((0.17, 9.0), None))
+    assert verdict.tone == "neutral"
+    assert report.NO_JUDGE in verdict.text
+    assert "hacking" not in verdict.text
+
+
+def test_a_fall_of_the_judge_inside_its_interval_is_not_called_hacking() -> None:
+    just_inside, beyond = two_updates((0, 9), (1.0, 0.87)), two_updates((0, 9), (1.0, 0.85))
+    assert "hacking" not in report.run_verdict(just_inside).text  # 0.13 < hypot(0.1, 0.1) = 0.141 < 0.15
+    assert "hacking" in report.run_verdict(beyond).text
+
+
+def test_direction_needs_intervals() -> None:
+    assert Change(Estimate(0, None), Estimate(9, 0.1)).direction == "went"
+    rows = [{"update": 1, "score_mean": 0.5}, {"update": 2, "score_mean": 1.5}]
+    assert report.run_verdict(run_of(rows)).text == (
+        "Score went from 0.50 to 1.50. Without intervals in the records this may be noise."
+    )
+
+
+def test_start_and_end_are_means_with_the_interval_of_a_mean() -> None:
+    rows = [{"update": u} | around("score", float(u), 0.3, mean="score_mean") for u in range(1, 101)]
+    moved = report.change(rows, "score_mean", "score")
+    assert moved is not None
+    assert (moved.start.mean, moved.end.mean) == (2.0, 95.5)
+    assert moved.start.half_width == pytest.approx(0.3 / math.sqrt(3))
+    assert moved.end.half_width == pytest.approx(0.3 / math.sqrt(10))
+
+
+def test_the_comparison_names_the_best_run_and_the_hacked_one() -> None:
+    hacked, good, tight = (
+        two_updates((0.17, 1.98), (1.13, -2.23)),
+        two_updates((0.17, 0.90), (1.13, 1.50)),
+        two_updates((0.17, 0.20), (1.13, 1.15)),
+    )
+    named = [
+        Run(label, run.config, run.records, [], []) for label, run in zip("ABC", (hacked, good, tight), strict=True)
+    ]
+    verdict = report.comparison_verdict(named)
+    assert verdict.tone == "good"
+    assert verdict.text.replace("\u00a0", " ") == (
+        "\u201cB\u201d did best: gold rose from 1.13 to 1.50 at 3.70 \u00b1 0.40 nats per sequence. "
+        "With \u201cA\u201d score rose while gold fell: the reward is being hacked."
+    )
+    assert report.comparison_verdict([named[0], named[2]]).text.startswith(
+        "No run clearly raised gold. With \u201cA\u201d"
+    )
+    twins = report.comparison_verdict([named[1], Run("D", good.config, good.records, [], [])])
+    assert "\u201cD\u201d ended within its interval." in twins.text
+
+
+def test_a_comparison_without_judges_says_that_it_cannot_tell() -> None:
+    runs = [two_updates((0.1, 1.0), None), two_updates((0.1, 2.0), None)]
+    verdict = report.comparison_verdict(runs)
+    assert verdict.text.startswith("Score ended highest with \u201crun\u201d, from 0.10 to 2.00 at 3.70")
+    assert verdict.text.endswith(report.NO_JUDGE)
+
+
+def test_many_runs_are_named_in_short() -> None:
+    runs = [run_of([], label) for label in "ABCDE"]
+    assert report.quoted(runs) == "\u201cA\u201d, \u201cB\u201d and 3 more"
+    assert report.quoted(runs[:1]) == "\u201cA\u201d"
+
+
+def test_where_to_look_points_at_the_peak_of_gold_and_at_cut_responses(tmp_path: Path) -> None:
+    hacked = report.pointers(report.read_run(make_run(tmp_path / "h", "hacked"), "h"))
+    assert [place for _, place in hacked] == ["score", "finished", "entropy", "health"]
+    assert hacked[0][0].startswith("Gold was highest around update ")
+    assert report.pointers(report.read_run(make_run(tmp_path / "g", "good"), "g")) == []
+
+
+def test_a_judge_that_is_not_the_demo_gold_is_called_the_held_out_judge() -> None:
+    assert report.judge_name([run_of([], eval_reward="my.module:judge")]) == "the held-out judge"
+    assert report.judge_name([run_of([]), run_of([])]) == "gold"
+
+
+# --- what it shows ---------------------------------------------------------------------------------------
+
+
+def test_numbers_are_finite_and_nothing_else_counts_as_one() -> None:
+    row = {"a": math.nan, "b": math.inf, "c": None, "d": True, "e": "1", "f": 2}
+    assert [report.figure_of(row, key) for key in "abcdefg"] == [None, None, None, None, None, 2.0, None]
+
+
+def test_nan_null_and_missing_keys_are_drawn_as_gaps(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "good", updates=12)
+    rows = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    rows[3]["score_mean"] = math.nan
+    rows[4] = {"update": 5, "score_mean": None, "unknown_key": [1]}
+    write_lines(run / "records.jsonl", rows)
+    (run / "timings.jsonl").unlink()
+    (run / "samples.jsonl").unlink()
+    page = write_report([run], tmp_path / "page.html").read_text(encoding="utf-8")
+    drawn = embedded(page)["runs"][0]["series"]["score_mean"]
+    assert drawn[3:5] == [None, None]
+    assert drawn[2] == pytest.approx(rows[2]["score_mean"], rel=1e-4)
+    assert "What it writes" not in page
+    assert "Where the time went" not in page
+
+
+def embedded(page: str) -> Any:
+    return json.loads(page.split('id="data">', 1)[1].split("</script>", 1)[0])
+
+
+def test_long_runs_are_thinned_and_keep_their_last_update() -> None:
+    rows = [{"update": u, "score_mean": 1.0} for u in range(1, 2502)]
+    drawn = report.drawn_series(run_of(rows))
+    assert len(drawn["update"]) == 834
+    assert drawn["update"][-1] == 2501
+
+
+def test_equal_responses_of_several_runs_share_a_card_and_prompts_pair_start_with_end() -> None:
+    def sample(update: int, prompt: Any, response: str) -> dict[str, Any]:
+        return {"update": update, "index": 0, "prompt": prompt, "response": response, "finished": update == 1}
+
+    chat = [{"role": "user", "content": "hello"}]
+    first = Run("A", {}, [], [], [sample(1, chat, "same"), sample(5, "skipped", "-"), sample(9, chat, "late A")])
+    second = Run("B", {}, [], [], [sample(1, chat, "same"), sample(9, chat, "late B")])
+    [(heading, [group])] = report.sample_sections([first, second])
+    assert heading == "Start and end"
+    assert group["prompt"] == "user: hello"
+    assert [(card["runs"], card["response"], card["cut"]) for card in group["cards"]] == [
+        ([0, 1], "same", False),
+        ([0], "late A", True),
+        ([1], "late B", True),
+    ]
+
+
+def test_config_rows_put_the_differences_first() -> None:
+    one = Run("A", {"seed": 0, "leash": {"beta": 0.0}, "reference": None}, [], [], [])
+    two = Run("B", {"seed": 0, "leash": {"beta": 0.1}, "reference": None}, [], [], [])
+    assert report.config_rows([one, two]) == [
+        ("leash.beta", ["0.0", "0.1"], True),
+        ("seed", ["0", "0"], False),
+        ("reference", ["null", "null"], False),
+    ]
+
+
+def test_one_update_makes_a_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "good", updates=1)
+    out = tmp_path / "deep" / "page.html"
+    assert write_report([run], out) == out
+    assert "One update so far, nothing to compare yet" in out.read_text(encoding="utf-8")
+    assert [path.name for path in out.parent.iterdir()] == ["page.html"]
+
+
+def test_a_changing_beta_is_told_from_start_to_end() -> None:
+    assert report.beta_text(run_of([{"update": 1, "beta": 0.05}, {"update": 2, "beta": 0.12}])) == "0.05 \u2192 0.12"
+    assert report.beta_text(run_of([{"update": 1, "beta": 0}])) == "0"
+    assert report.beta_text(run_of([{"update": 1}])) == "-"
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / parent / "run", "good", updates=1) for parent in ("a", "b")]
+    assert [run.label for run in report.read_runs(paths, None)] == ["a/run", "b/run"]
+
+
+# --- what it refuses -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("config.yaml", None, "found no config.yaml"),
+        ("records.jsonl", None, "found no records.jsonl"),
+        ("records.jsonl", "", "is empty"),
+        ("records.jsonl", '{"update": 1}\n{"upda', "line 2 should be a JSON object"),
+        ("records.jsonl", "[1]\n", "line 1 should be a JSON object"),
+        ("records.jsonl", '{"score_mean": 1}\n', "whole number under 'update'"),
+        ("samples.jsonl", "\udce9", "line 1 should be a JSON object"),
+        ("config.yaml", "a: [", "cannot be read as YAML"),
+        ("config.yaml", "- 1", "should hold a mapping"),
+    ],
+)
+def test_a_damaged_run_directory_is_one_clear_sentence(
+    tmp_path: Path, name: str, content: str | None, expected: str
+) -> None:
+    run = make_run(tmp_path / "run", "good", updates=2)
+    if content is None:
+        (run / name).unlink()
+    else:
+        (run / name).write_bytes(content.encode("utf-8", errors="surrogateescape"))
+    out = tmp_path / "page.html"
+    out.write_text("earlier page")
+    with pytest.raises(RunDirectoryError, match=expected) as caught:
+        write_report([run], out)
+    assert str(run) in str(caught.value)
+    assert out.read_text() == "earlier page"
+
+
+def test_wrong_arguments_are_input_errors(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "good", updates=1)
+    with pytest.raises(InputError, match="at least one run"):
+        write_report([], tmp_path / "page.html")
+    with pytest.raises(InputError, match="1 runs and 2 labels"):
+        write_report([run], tmp_path / "page.html", labels=["a", "b"])
+    with pytest.raises(InputError, match="is a directory"):
+        write_report([run], tmp_path)
+    with pytest.raises(RunDirectoryError, match="holds no run"):
+        write_report([tmp_path / "nowhere"], tmp_path / "page.html")
+
+
+# --- safe to open ----------------------------------------------------------------------------------------
+
+ATTACK = "</script><script>window.pwned=1</script><img src=x onerror='window.pwned=1'>"
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A page comparing three runs, and a page about one run whose every text attacks the page."""
+    base = tmp_path_factory.mktemp("pages")
+    runs = [make_run(base / world, world) for world in WORLDS]
+    compared = write_report(runs, base / "compared.html", labels=["no leash", "good leash", "tight leash"])
+    vile = make_run(base / "vile", "hacked", updates=30)
+    config = yaml.safe_load((vile / "config.yaml").read_text()) | {"policy": ATTACK, ATTACK: ATTACK}
+    (vile / "config.yaml").write_text(yaml.safe_dump(config))
+    texts = {"prompt": [{"role": "user", "content": ATTACK}], "response": f"\x00\ud800{ATTACK}" + " long" * 200}
+    samples = [json.loads(line) | texts for line in (vile / "samples.jsonl").read_text().splitlines()]
+    write_lines(vile / "samples.jsonl", samples)
+    attacked = write_report([vile, runs[1]], base / "attacked.html", labels=[ATTACK, "x" * 200], title=ATTACK)
+    single = write_report([runs[0]], base / "single.html")
+    return {"compared": compared, "attacked": attacked, "single": single}
+
+
+def test_texts_of_models_and_users_cannot_become_markup(pages: dict[str, Path]) -> None:
+    page = pages["attacked"].read_text(encoding="utf-8")
+    assert ATTACK not in page
+    assert "<script>window" not in page
+    assert "<img" not in page.split("<noscript>")[0]
+    assert "&lt;/script&gt;&lt;script&gt;window.pwned=1" in page
+    assert page.count("<script") == 3 + page.split("<script nonce", 1)[1].split("</script>", 1)[0].count("<script")
+    assert "<" not in page.split('id="data">', 1)[1].split("</script>", 1)[0]
+
+
+def test_embedded_json_cannot_leave_its_script_element_and_says_the_same() -> None:
+    data = {"text": "</script><!-- & \u2028", "number": 0.5}
+    text = str(report.embedded_json(data))
+    assert not set(text) & set("<>&\u2028")
+    assert json.loads(text) == data
+
+
+TOO_WIDE = """
+Array.from(document.querySelectorAll("main *, header *"))
+  .filter((part) => !part.closest(".legend, .canvas, thead") && part.getBoundingClientRect().right > innerWidth + 1)
+  .map((part) => part.outerHTML.slice(0, 80))
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("name", ["compared", "attacked", "single"])
+def test_a_browser_shows_it_quietly_offline_and_within_a_phone(pages: dict[str, Path], browser: Any, name: str) -> None:
+    tab = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="light")
+    said: list[str] = []
+    asked: list[str] = []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(pages[name].as_uri())
+    tab.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    tab.wait_for_function("document.querySelectorAll('#health .main-svg').length >= 6")
+    assert tab.evaluate(TOO_WIDE) == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    assert tab.evaluate("window.pwned") is None
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
+    tab.close()
+
+
+def test_dark_mode_reaches_page_and_plots_when_switched(pages: dict[str, Path], browser: Any) -> None:
+    tab = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    tab.goto(pages["compared"].as_uri())
+    ink = "getComputedStyle(document.querySelector('#frontier .xtick text')).fill"
+    page = "getComputedStyle(document.body).backgroundColor"
+    assert (tab.evaluate(page), tab.evaluate(ink)) == ("rgb(246, 247, 249)", "rgb(86, 99, 115)")
+    tab.emulate_media(color_scheme="dark")
+    tab.wait_for_function(f"{ink} === 'rgb(157, 171, 185)'")
+    assert tab.evaluate(page) == "rgb(15, 20, 25)"
+    tab.close()
+
+
+def test_pressing_a_run_hides_its_lines_and_links_open_what_they_point_at(pages: dict[str, Path], browser: Any) -> None:
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.goto(pages["compared"].as_uri())
+    lines = "document.querySelectorAll('#frontier .scatterlayer .trace').length"
+    assert tab.evaluate(lines) == 6
+    tab.get_by_role("button", name="no leash").press("Enter")
+    assert tab.evaluate(lines) == 4
+    assert tab.get_by_role("button", name="no leash").get_attribute("aria-pressed") == "false"
+    assert "good leash from 0." in tab.locator("#frontier .canvas").get_attribute("aria-label")
+    tab.locator("a[href='#health']").click()
+    tab.wait_for_function("document.querySelector('#health').open")
+    tab.close()
