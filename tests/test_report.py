@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from kleash import report
+from kleash import report, verdict
 from kleash.errors import InputError, RunDirectoryError
-from kleash.report import KL, Change, Estimate, Run, write_report
+from kleash.report import write_report
+from kleash.verdict import KL, Change, Estimate, Run
 
 # --- run directories from formulas -----------------------------------------------------------------------
 
@@ -153,37 +154,37 @@ def two_updates(score: tuple[float, float], gold: tuple[float, float] | None, ha
 def test_the_verdict_says_what_the_intervals_allow(
     score: tuple[float, float], gold: tuple[float, float] | None, tone: str, words: str
 ) -> None:
-    verdict = report.run_verdict(two_updates(score, gold))
-    assert verdict.tone == tone
+    found = verdict.run_verdict(two_updates(score, gold))
+    assert found.tone == tone
     told = [f"from {start:.2f} to {end:.2f}" for start, end in (score, gold or (0, 0))]
-    assert verdict.text.replace("\u2212", "-").startswith(words.format(*told))
-    assert "Drift: 3.70\u00a0\u00b1\u00a00.40 nats per sequence." in verdict.text
+    assert found.text.replace("\u2212", "-").startswith(words.format(*told))
+    assert "Drift: 3.70\u00a0\u00b1\u00a00.40 nats per sequence." in found.text
 
 
 def test_without_a_held_out_judge_no_claim_of_hacking_or_of_better_responses() -> None:
-    verdict = report.run_verdict(two_updates((0.17, 9.0), None))
-    assert verdict.tone == "neutral"
-    assert report.NO_JUDGE in verdict.text
-    assert "hacking" not in verdict.text
+    found = verdict.run_verdict(two_updates((0.17, 9.0), None))
+    assert found.tone == "neutral"
+    assert verdict.NO_JUDGE in found.text
+    assert "hacking" not in found.text
 
 
 def test_a_fall_of_the_judge_inside_its_interval_is_not_called_hacking() -> None:
     just_inside, beyond = two_updates((0, 9), (1.0, 0.87)), two_updates((0, 9), (1.0, 0.85))
-    assert "hacking" not in report.run_verdict(just_inside).text  # 0.13 < hypot(0.1, 0.1) = 0.141 < 0.15
-    assert "hacking" in report.run_verdict(beyond).text
+    assert "hacking" not in verdict.run_verdict(just_inside).text  # 0.13 < hypot(0.1, 0.1) = 0.141 < 0.15
+    assert "hacking" in verdict.run_verdict(beyond).text
 
 
 def test_direction_needs_intervals() -> None:
     assert Change(Estimate(0, None), Estimate(9, 0.1)).direction == "went"
     rows = [{"update": 1, "score_mean": 0.5}, {"update": 2, "score_mean": 1.5}]
-    assert report.run_verdict(run_of(rows)).text == (
+    assert verdict.run_verdict(run_of(rows)).text == (
         "Score went from 0.50 to 1.50. Without intervals in the records this may be noise."
     )
 
 
 def test_start_and_end_are_means_with_the_interval_of_a_mean() -> None:
     rows = [{"update": u} | around("score", float(u), 0.3, mean="score_mean") for u in range(1, 101)]
-    moved = report.change(rows, "score_mean", "score")
+    moved = verdict.change(rows, "score_mean", "score")
     assert moved is not None
     assert (moved.start.mean, moved.end.mean) == (2.0, 95.5)
     assert moved.start.half_width == pytest.approx(0.3 / math.sqrt(3))
@@ -199,42 +200,42 @@ def test_the_comparison_names_the_best_run_and_the_hacked_one() -> None:
     named = [
         Run(label, run.config, run.records, [], []) for label, run in zip("ABC", (hacked, good, tight), strict=True)
     ]
-    verdict = report.comparison_verdict(named)
-    assert verdict.tone == "good"
-    assert verdict.text.replace("\u00a0", " ") == (
+    found = verdict.comparison_verdict(named)
+    assert found.tone == "good"
+    assert found.text.replace("\u00a0", " ") == (
         "\u201cB\u201d did best: gold rose from 1.13 to 1.50 at 3.70 \u00b1 0.40 nats per sequence. "
         "With \u201cA\u201d score rose while gold fell: the reward is being hacked."
     )
-    assert report.comparison_verdict([named[0], named[2]]).text.startswith(
+    assert verdict.comparison_verdict([named[0], named[2]]).text.startswith(
         "No run clearly raised gold. With \u201cA\u201d"
     )
-    twins = report.comparison_verdict([named[1], Run("D", good.config, good.records, [], [])])
+    twins = verdict.comparison_verdict([named[1], Run("D", good.config, good.records, [], [])])
     assert "\u201cD\u201d ended within its interval." in twins.text
 
 
 def test_a_comparison_without_judges_says_that_it_cannot_tell() -> None:
     runs = [two_updates((0.1, 1.0), None), two_updates((0.1, 2.0), None)]
-    verdict = report.comparison_verdict(runs)
-    assert verdict.text.startswith("Score ended highest with \u201crun\u201d, from 0.10 to 2.00 at 3.70")
-    assert verdict.text.endswith(report.NO_JUDGE)
+    found = verdict.comparison_verdict(runs)
+    assert found.text.startswith("Score ended highest with \u201crun\u201d, from 0.10 to 2.00 at 3.70")
+    assert found.text.endswith(verdict.NO_JUDGE)
 
 
 def test_many_runs_are_named_in_short() -> None:
     runs = [run_of([], label) for label in "ABCDE"]
-    assert report.quoted(runs) == "\u201cA\u201d, \u201cB\u201d and 3 more"
-    assert report.quoted(runs[:1]) == "\u201cA\u201d"
+    assert verdict.quoted(runs) == "\u201cA\u201d, \u201cB\u201d and 3 more"
+    assert verdict.quoted(runs[:1]) == "\u201cA\u201d"
 
 
 def test_where_to_look_points_at_the_peak_of_gold_and_at_cut_responses(tmp_path: Path) -> None:
-    hacked = report.pointers(report.read_run(make_run(tmp_path / "h", "hacked"), "h"))
+    hacked = verdict.pointers(report.read_run(make_run(tmp_path / "h", "hacked"), "h"))
     assert [place for _, place in hacked] == ["score", "finished", "entropy", "health"]
     assert hacked[0][0].startswith("Gold was highest around update ")
-    assert report.pointers(report.read_run(make_run(tmp_path / "g", "good"), "g")) == []
+    assert verdict.pointers(report.read_run(make_run(tmp_path / "g", "good"), "g")) == []
 
 
 def test_a_judge_that_is_not_the_demo_gold_is_called_the_held_out_judge() -> None:
-    assert report.judge_name([run_of([], eval_reward="my.module:judge")]) == "the held-out judge"
-    assert report.judge_name([run_of([]), run_of([])]) == "gold"
+    assert verdict.judge_name([run_of([], eval_reward="my.module:judge")]) == "the held-out judge"
+    assert verdict.judge_name([run_of([]), run_of([])]) == "gold"
 
 
 # --- what it shows ---------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def test_a_judge_that_is_not_the_demo_gold_is_called_the_held_out_judge() -> Non
 
 def test_numbers_are_finite_and_nothing_else_counts_as_one() -> None:
     row = {"a": math.nan, "b": math.inf, "c": None, "d": True, "e": "1", "f": 2}
-    assert [report.figure_of(row, key) for key in "abcdefg"] == [None, None, None, None, None, 2.0, None]
+    assert [verdict.figure_of(row, key) for key in "abcdefg"] == [None, None, None, None, None, 2.0, None]
 
 
 def test_nan_null_and_missing_keys_are_drawn_as_gaps(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Results go to stdout, progress and errors to stderr.
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return _command(words[0])(words[1:])
     except KleashError as error:
         if debug:
-            raise
+            traceback.print_exc()
         print(f"kleash: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:

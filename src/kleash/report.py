@@ -12,8 +12,7 @@ import importlib.resources
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,27 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from kleash.errors import InputError, RunDirectoryError
+from kleash.verdict import (
+    ARROW,
+    KL,
+    Record,
+    Run,
+    change,
+    comparison_verdict,
+    drift,
+    figure_of,
+    interval,
+    judge_change,
+    judge_name,
+    number,
+    pointers,
+    run_verdict,
+    score_change,
+    series,
+    windows,
+)
 from kleash.version import VERSION
 
-Record = Mapping[str, Any]
-
-KL = "kl_policy_ref_per_sequence"
 DRAWN = (
     *("update", "score_mean", "score_low", "score_high", "eval_score_mean", "eval_score_low", "eval_score_high"),
     *(KL, KL + "_low", KL + "_high", KL + "_k1", "beta", "entropy_per_token", "response_length_mean", "eos_share"),
@@ -36,54 +51,8 @@ DRAWN = (
 )
 PHASES = ("sampling", "rewarding", "scoring", "optimising")
 MOST_POINTS = 1000  # drawn per line
-LEAST_FALL = 2.0  # from its peak, in half-widths, before a judge's fall is pointed out
 SAMPLES_SHOWN = 3  # per update and run
-MINUS, ARROW, PLUS_MINUS = "\u2212", "\u2192", "\u00a0\u00b1\u00a0"
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run directory, read."""
-
-    label: str
-    config: Record
-    records: Sequence[Record]
-    timings: Sequence[Record]
-    samples: Sequence[Record]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over a few updates and the half-width of its 95% interval, None where none was recorded."""
-
-    mean: float
-    half_width: float | None
-
-
-@dataclass(frozen=True)
-class Change:
-    """A quantity at the start and at the end of a run."""
-
-    start: Estimate
-    end: Estimate
-
-    @property
-    def direction(self) -> str:
-        """'rose' or 'fell' when beyond the interval of the difference, else 'held'; 'went' without intervals."""
-        if self.start.half_width is None or self.end.half_width is None:
-            return "went"
-        noise = math.hypot(self.start.half_width, self.end.half_width)
-        difference = self.end.mean - self.start.mean
-        return "held" if abs(difference) <= noise else "rose" if difference > 0 else "fell"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What happened, in plain words; tone is good, bad, caution or neutral."""
-
-    text: str
-    tone: str
 
 
 # --- reading ---------------------------------------------------------------------------------------------
@@ -141,252 +110,6 @@ def read_runs(paths: Sequence[Path], labels: Sequence[str] | None) -> list[Run]:
         name if names.count(name) == 1 else f"{path.parent.name}/{name}" for path, name in zip(full, names, strict=True)
     ]
     return [read_run(path, label) for path, label in zip(paths, labels or own, strict=True)]
-
-
-# --- numbers ---------------------------------------------------------------------------------------------
-
-
-def figure_of(row: Record, key: str) -> float | None:
-    """The finite number under a key, None for everything else."""
-    value = row.get(key)
-    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(row[key]) if real else None
-
-
-def series(rows: Iterable[Record], key: str) -> list[float | None]:
-    """A key's number in each row, rounded to what a plot can show."""
-    values = (figure_of(row, key) for row in rows)
-    return [None if value is None else float(f"{value:.5g}") for value in values]
-
-
-def windows(updates: int) -> tuple[int, int]:
-    """How many updates make the start and the end of a run; the start is short, as the policy soon moves.
-
-    >>> [windows(updates) for updates in (1, 4, 30, 120, 5000)]
-    [(1, 1), (1, 1), (1, 3), (3, 10), (3, 10)]
-    """
-    last = max(1, min(10, updates // 10))
-    return max(1, last // 3), last
-
-
-def estimate(records: Sequence[Record], mean_key: str, stem: str) -> Estimate | None:
-    """Mean over updates of a recorded mean, and its interval as of independent updates."""
-    means = [value for row in records if (value := figure_of(row, mean_key)) is not None]
-    if not means:
-        return None
-    bounds = [(figure_of(row, stem + "_low"), figure_of(row, stem + "_high")) for row in records]
-    halves = [(high - low) / 2 for low, high in bounds if low is not None and high is not None]
-    known = len(halves) == len(means)
-    return Estimate(math.fsum(means) / len(means), math.hypot(*halves) / len(halves) if known else None)
-
-
-def change(records: Sequence[Record], mean_key: str, stem: str) -> Change | None:
-    """A quantity over the first and over the last few updates; None where it was not recorded."""
-    first, last = windows(len(records))
-    start = estimate(records[:first], mean_key, stem)
-    end = estimate(records[-last:], mean_key, stem)
-    return Change(start, end) if start and end else None
-
-
-def score_change(run: Run) -> Change | None:
-    return change(run.records, "score_mean", "score")
-
-
-def judge_change(run: Run) -> Change | None:
-    return change(run.records, "eval_score_mean", "eval_score")
-
-
-def drift(run: Run) -> Estimate | None:
-    moved = change(run.records, KL, KL)
-    return moved.end if moved else None
-
-
-def number(value: float | None, decimals: int | None = None) -> str:
-    """A number for reading: about three digits, a true minus sign, a dash for nothing.
-
-    >>> [number(value) for value in (0.0, 0.0512, 1.978, 12.34, 250.2, 2.5e-05, None)]
-    ['0', '0.051', '1.98', '12.3', '250', '2.5e-05', '-']
-    """
-    if value is None:
-        return "-"
-    sign, size = MINUS if value < 0 else "", abs(value)
-    if decimals is not None:
-        return f"{sign}{size:.{decimals}f}"
-    if size and not 1e-3 <= size < 1e6:
-        return f"{sign}{size:.2g}"
-    fitting = (digits for digits, least in enumerate((100, 10, 0.1, 0)) if size >= least)
-    return f"{sign}{size:.{next(fitting) if size else 0}f}"
-
-
-def interval(value: Estimate | None) -> str:
-    """Mean and half-width, to two digits of the half-width.
-
-    >>> interval(Estimate(3.712, 0.41)).isascii(), interval(Estimate(3.712, None))
-    (False, '3.71')
-    """
-    if value is None or not value.half_width:
-        return number(value.mean if value else None)
-    decimals = min(4, max(0, 1 - math.floor(math.log10(value.half_width))))
-    return f"{number(value.mean, decimals)}{PLUS_MINUS}{number(value.half_width, decimals)}"
-
-
-# --- the verdict -----------------------------------------------------------------------------------------
-
-# (score, held-out judge): tone and sentence. Nothing is called hacking unless the judge fell clearly.
-SENTENCES = {
-    ("rose", "rose"): ("good", "Score rose {score}, and {judge} rose too, {judged}."),
-    ("rose", "held"): (
-        "caution",
-        "Score rose {score}, but {judge} did not clearly move, {judged}: the gain may be the reward model's alone.",
-    ),
-    ("rose", "fell"): ("bad", "Score rose {score} while {judge} fell {judged}: the policy is hacking the reward."),
-    ("held", "rose"): ("good", "Score did not clearly move, {score}, while {judge} rose {judged}."),
-    ("held", "held"): ("neutral", "Neither score, {score}, nor {judge}, {judged}, clearly moved."),
-    ("held", "fell"): ("bad", "Score did not clearly move, {score}, while {judge} fell {judged}."),
-    ("fell", "rose"): ("caution", "Score fell {score} while {judge} rose {judged}: the two disagree."),
-    ("fell", "held"): ("bad", "Score fell {score}, and {judge} did not clearly move, {judged}."),
-    ("fell", "fell"): ("bad", "Score fell {score}, and {judge} fell too, {judged}."),
-}
-UNJUDGED = {
-    "rose": ("neutral", "Score rose {score}."),
-    "held": ("neutral", "Score did not clearly move, {score}."),
-    "fell": ("bad", "Score fell {score}."),
-}
-NO_JUDGE = "Without a held-out judge this page cannot tell better responses from a fooled reward model."
-
-
-def path_of(moved: Change) -> str:
-    return f"from {number(moved.start.mean)} to {number(moved.end.mean)}"
-
-
-def judge_name(runs: Sequence[Run]) -> str:
-    """What the page calls the held-out judge: the demo's is gold."""
-    gold = all(str(run.config.get("eval_reward")).endswith("gold_judge") for run in runs)
-    return "gold" if gold else "the held-out judge"
-
-
-def run_verdict(run: Run) -> Verdict:
-    """One run in one or two sentences: did it get better, how far did it drift."""
-    score, judged, moved = score_change(run), judge_change(run), drift(run)
-    drifted = f" Drift: {interval(moved)} nats per sequence." if moved else ""
-    if score is None:
-        return Verdict(f"The records hold no scores.{drifted}", "neutral")
-    if len(run.records) == 1:
-        return Verdict(f"One update so far, nothing to compare yet: score {interval(score.end)}.{drifted}", "neutral")
-    words = {"score": path_of(score), "judge": judge_name([run]), "judged": path_of(judged) if judged else ""}
-    if "went" in (score.direction, judged.direction if judged else ""):
-        also = ", and {judge} {judged}" if judged else ""
-        text = "Score went {score}" + also + ". Without intervals in the records this may be noise."
-        return Verdict(text.format_map(words) + drifted, "neutral")
-    tone, text = SENTENCES[score.direction, judged.direction] if judged else UNJUDGED[score.direction]
-    return Verdict(text.format_map(words) + drifted + ("" if judged else f" {NO_JUDGE}"), tone)
-
-
-def comparison_verdict(runs: Sequence[Run]) -> Verdict:
-    """Several runs in two sentences: which did best by the held-out judge, and which hacked the reward."""
-    judged = [(run, moved) for run in runs if (moved := judge_change(run))]
-    scored = [(run, moved) for run in runs if (moved := score_change(run))]
-    if not scored:
-        return Verdict("The records hold no scores.", "neutral")
-    if len(judged) < len(runs):
-        best, moved = max(scored, key=lambda pair: pair[1].end.mean)
-        ended = f"Score ended highest with {quoted([best])}, {path_of(moved)}{at_drift(best)}."
-        return Verdict(f"{ended} {NO_JUDGE}", "neutral")
-    best, moved = max(judged, key=lambda pair: pair[1].end.mean)
-    judge = judge_name(runs)
-    text, tone = f"No run clearly raised {judge}.", "neutral"
-    if moved.direction == "rose":
-        text, tone = f"{quoted([best])} did best: {judge} rose {path_of(moved)}{at_drift(best)}.", "good"
-        equals = [run for run, other in judged if run is not best and Change(other.end, moved.end).direction == "held"]
-        text += f" {quoted(equals)} ended within its interval." if equals else ""
-    hackers = [run for run, other in judged if other.direction == "fell" and direction_of(run) == "rose"]
-    if hackers:
-        text += f" With {quoted(hackers)} score rose while {judge} fell: the reward is being hacked."
-    return Verdict(text, tone if tone == "good" or not hackers else "bad")
-
-
-def direction_of(run: Run) -> str:
-    moved = score_change(run)
-    return moved.direction if moved else "went"
-
-
-def quoted(runs: Sequence[Run]) -> str:
-    """The runs' labels as a phrase, at most three of them by name."""
-    names = [f"\u201c{run.label}\u201d" for run in runs]
-    if len(names) > 3:
-        names[2:] = [f"{len(names) - 2} more"]
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-def at_drift(run: Run) -> str:
-    moved = drift(run)
-    return f" at {interval(moved)} nats per sequence" if moved else ""
-
-
-# --- where to look ---------------------------------------------------------------------------------------
-
-# key, when the start and end are remarkable, what to say of the end, the part of the page to look at
-CHECKS: tuple[tuple[str, Callable[[float, float], bool], str, str], ...] = (
-    (
-        "eos_share",
-        lambda start, end: end < 0.5 and end < start - 0.1,
-        "Only {end:.0%} of the responses end by themselves (at the start {start:.0%}); the others are cut.",
-        "finished",
-    ),
-    (
-        "entropy_per_token",
-        lambda start, end: end < start / 3,
-        "Entropy fell from {start:.2f} to {end:.2f} nats per token: the responses are becoming alike.",
-        "entropy",
-    ),
-    (
-        "clip_share",
-        lambda start, end: end > 0.3,
-        "{end:.0%} of the ratios are clipped: the steps are large; try a lower learning rate or fewer epochs.",
-        "health",
-    ),
-    (
-        "explained_variance",
-        lambda start, end: end < 0,
-        "The value model predicts worse than a constant would (explained variance below 0): advantages are noisy.",
-        "health",
-    ),
-    (
-        "kl_rollout_policy_per_token_k3",
-        lambda start, end: end > 1e-3,
-        "Sampler and scorer disagree by {end:.1g} nats per token: the samples are not quite the policy's.",
-        "health",
-    ),
-)
-
-
-def pointers(run: Run) -> list[tuple[str, str]]:
-    """Sentences on what deserves a look, each with the page part that shows it."""
-    found = [(text, "score") for text in [fall_from_peak(run)] if text]
-    for key, remarkable, sentence, place in CHECKS:
-        moved = change(run.records, key, key)
-        if moved and len(run.records) > 1 and remarkable(moved.start.mean, moved.end.mean):
-            found.append((sentence.format(start=moved.start.mean, end=moved.end.mean), place))
-    return found
-
-
-def fall_from_peak(run: Run) -> str:
-    """Says when the held-out judge was highest, if it has clearly fallen since."""
-    _, length = windows(len(run.records))
-    parts = [run.records[start : start + length] for start in range(len(run.records) - length + 1)]
-    known = [(found, rows) for rows in parts if (found := estimate(rows, "eval_score_mean", "eval_score"))]
-    if not known:
-        return ""
-    (peak, rows), (last, _) = max(known, key=lambda pair: pair[0].mean), known[-1]
-    if peak.half_width is None or last.half_width is None:
-        return ""
-    if peak.mean - last.mean <= LEAST_FALL * math.hypot(peak.half_width, last.half_width):
-        return ""
-    judge, update = judge_name([run]), rows[len(rows) // 2]["update"]
-    return (
-        f"{judge[0].upper()}{judge[1:]} was highest around update {update}, at {number(peak.mean)}, and ended at "
-        f"{number(last.mean)}: compare the samples, stop earlier, or tighten the leash."
-    )
 
 
 # --- the page --------------------------------------------------------------------------------------------

@@ -129,7 +129,8 @@ def _loop(run: Run, progress: RunProgress, stop: Stop) -> None:
             run.directory.append("records.jsonl", [record])
             run.directory.append("timings.jsonl", [timings])
             run.directory.append("samples.jsonl", samples)
-            run.accelerator.log({key: value for key, value in record.items() if value is not None}, step=run.completed)
+        run.weights_are_between_updates = True  # only now: a checkpoint never counts an update whose lines are missing
+        run.accelerator.log({key: value for key, value in record.items() if value is not None}, step=run.completed)
         progress.show(record, timings)
         if _anyone(run, stop.requested):
             return
@@ -183,7 +184,6 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str
         run.leash = run.leash.after(figures.kl_interval.mean, sequences=figures.kl_interval.n)
         run.scheduler.step()
         run.completed = number
-        run.weights_are_between_updates = True
     return record, {"update": number, **clock.seconds}, _samples(run, number, prompts, rollout, figures)
 
 
