@@ -17,22 +17,16 @@ def rollout_from(prompts: list[list[int]], responses: list[list[int]]) -> Rollou
         [PAD] * (before - len(p)) + p + r + [PAD] * (time - len(r)) for p, r in zip(prompts, responses, strict=True)
     ]
     mask = [[t < len(r) for t in range(time)] for r in responses]
-    attention = [
-        [i >= before - len(p) for i in range(before)] + row for p, row in zip(prompts, mask, strict=True)
-    ]
+    attention = [[i >= before - len(p) for i in range(before)] + row for p, row in zip(prompts, mask, strict=True)]
     response_mask = torch.tensor(mask)
     return Rollout(
         sequences=torch.tensor(sequences),
         attention_mask=torch.tensor(attention),
         response_mask=response_mask,
-        rollout_logprobs=torch.where(response_mask, torch.arange(float(response_mask.numel())).view(mask_shape(mask)), 0.0),
+        rollout_logprobs=response_mask * torch.arange(float(response_mask.numel())).view_as(response_mask),
         finished=torch.ones(len(prompts), dtype=torch.bool),
         completions=[" ".join(map(str, r)) for r in responses],
     )
-
-
-def mask_shape(mask: list[list[bool]]) -> tuple[int, int]:
-    return len(mask), len(mask[0])
 
 
 @st.composite

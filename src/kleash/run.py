@@ -1,5 +1,6 @@
 """The state of a run: how it is put together, saved, and taken up again."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +97,19 @@ def _accelerator(config: RunConfig) -> Accelerator:
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     _require_trackers(config.trackers)
     precision = ("bf16" if bf16 else "no") if config.mixed_precision == "auto" else config.mixed_precision
-    return Accelerator(mixed_precision=precision, log_with=list(config.trackers) or None, project_dir=config.out)
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=list(config.trackers) or None,
+        project_dir=config.out,
+        cpu=launched > 1 and not torch.accelerator.is_available(),
+    )
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"Expected {launched} processes that work together, found that each would run alone on "
+            f"{accelerator.device}; launch one process, or set ACCELERATE_USE_CPU=true."
+        )
+    return accelerator
 
 
 def _require_trackers(names: tuple[str, ...]) -> None:

@@ -99,12 +99,12 @@ def _repeating(question: Question, draw: random.Random) -> list[str]:
 
 
 WRITERS: dict[Callable[[Question, random.Random], list[str]], float] = {
-    _careful: 0.26,
-    _hasty: 0.24,
-    _mistaken: 0.24,
+    _careful: 0.25,
+    _hasty: 0.22,
+    _mistaken: 0.23,
     _rambling: 0.10,
     _flattering: 0.05,
-    _wandering: 0.05,
+    _wandering: 0.09,
     _repeating: 0.06,
 }
 """Each kind of writer and its share of the corpus."""

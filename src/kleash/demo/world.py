@@ -27,7 +27,7 @@ MATERIALS = {
     "delicate": ("wool", "silk", "velvet"),
     "tough": ("cotton", "linen", "denim"),
 }
-THINGS = ("rug", "shirt", "curtain")
+THINGS = ("rug", "shirt")
 STAINS = {
     "tannin": ("red wine", "coffee", "black tea", "berry juice"),
     "protein": ("blood", "egg yolk", "milk", "gravy"),
@@ -199,7 +199,7 @@ def all_questions() -> tuple[Question, ...]:
 
     >>> questions = all_questions()
     >>> len(questions)
-    659
+    539
     >>> questions[0].subject["item"], questions[0].facts["agent"]
     ('wool rug', 'soda water')
     """
@@ -243,7 +243,7 @@ FALSE_VALUES = {
     "days": ("a thousand",),
     "advice": ("stir them well",),
 }
-"""What people wrongly believe: for most facts a value that is true of no question at all, or of hardly any."""
+"""What people wrongly believe: for most facts a value that is true of no question."""
 
 HARMFUL = {
     "agent": ("strong bleach",),
