@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_policy, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kleash
@@ -23,7 +24,6 @@ from kleash.checkpoint import (
 from kleash.errors import CheckpointError
 from kleash.leash import ZieglerLeash
 from kleash.models import fingerprint, trainable_parameters, value_model_from_policy
-from tiny import tiny_policy, tiny_tokenizer
 
 BETA = 0.1 + 0.2  # 0.30000000000000004: a number whose last bit a careless text would lose
 
@@ -190,7 +190,9 @@ RUNS_WHAT_IT_READS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "mars
 def test_no_source_loads_what_could_run_code(source: Path) -> None:
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            modules = {alias.name.split(".")[0] for alias in node.names} | {str(getattr(node, "module", "")).split(".")[0]}
+            modules = {alias.name.split(".")[0] for alias in node.names} | {
+                str(getattr(node, "module", "")).split(".")[0]
+            }
             assert not modules & RUNS_WHAT_IT_READS
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in RUNS_WHAT_IT_READS

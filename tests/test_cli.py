@@ -10,11 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from kleash.checkpoint import checkpoints_in
-from kleash.cli import main
-from kleash.config import RunConfig
-from kleash.version import VERSION
 from tiny import (
     WORDS,
     save_tiny_world,
@@ -25,6 +20,11 @@ from tiny import (
     tree,
     write_run,
 )
+
+from kleash.checkpoint import checkpoints_in
+from kleash.cli import main
+from kleash.config import RunConfig
+from kleash.version import VERSION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,7 +351,9 @@ def test_a_tracker_that_is_installed_gets_the_figures(kleash: Command, world: Wo
 def test_flags_before_the_file_are_put_right(kleash: Command, words: list[str]) -> None:
     ended = kleash("train", *words)
     assert ended.code == 2
-    assert re.fullmatch(r"kleash: Expected the run's YAML file first, found --\S+; see kleash train --help\.\n", ended.err)
+    assert re.fullmatch(
+        r"kleash: Expected the run's YAML file first, found --\S+; see kleash train --help\.\n", ended.err
+    )
 
 
 def test_resume_may_stand_before_the_file(kleash: Command, world: World, tmp_path: Path) -> None:
@@ -410,9 +412,7 @@ def test_a_directory_with_a_run_is_not_written_to(kleash: Command, taken: Path) 
     assert "--resume" in said
 
 
-def test_every_file_of_a_checkpoint_cut_short_is_found_before_anything_is_written(
-    kleash: Command, taken: Path
-) -> None:
+def test_every_file_of_a_checkpoint_cut_short_is_found_before_anything_is_written(kleash: Command, taken: Path) -> None:
     newest = checkpoints_in(taken / "checkpoints")[-1]
     for file in sorted(path for path in newest.rglob("*") if path.is_file()):
         whole = file.read_bytes()

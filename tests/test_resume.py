@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny_world, tiny_run, write_run
 
 from kleash.checkpoint import checkpoints_in, read_checkpoint_state
 from kleash.config import RunConfig, config_from
@@ -22,7 +23,6 @@ from kleash.parts import Given
 from kleash.run_directory import RunDirectory
 from kleash.scorers import FunctionScorer
 from kleash.train import RunResult, train_run
-from tiny import save_tiny_world, tiny_run, write_run
 
 UPDATES = 6
 SAME_BYTES = ("records.jsonl", "samples.jsonl")
@@ -86,7 +86,9 @@ def assert_same_run(out: Path, straight: Path) -> None:
     assert found.name == last.name
     for file in sorted(file.relative_to(last) for file in last.rglob("*") if file.is_file()):
         assert (found / file).read_bytes() == (last / file).read_bytes(), file
-    assert len((out / "timings.jsonl").read_text().splitlines()) == len((out / "records.jsonl").read_text().splitlines())
+    assert len((out / "timings.jsonl").read_text().splitlines()) == len(
+        (out / "records.jsonl").read_text().splitlines()
+    )
 
 
 def lines(out: Path) -> int:
@@ -158,9 +160,10 @@ def test_an_interrupt_between_the_steps_of_an_update_saves_no_half_stepped_weigh
             raise KeyboardInterrupt
         return one_step(*arguments, **named)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(kleash.ppo, "_optimizer_step", interrupted_step)
-        go_on(config, resume=False)
+        with pytest.raises(KeyboardInterrupt):
+            go_on(config, resume=False)
     assert (lines(Path(config.out)), newest(Path(config.out))) == (3, "000002")
     go_on(config)
     assert_same_run(Path(config.out), straight)
@@ -176,9 +179,10 @@ def test_an_interrupt_between_the_lines_of_an_update_loses_none(
             raise KeyboardInterrupt
         append(directory, file, rows)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "append", interrupted_append)
-        go_on(config, resume=False)
+        with pytest.raises(KeyboardInterrupt):
+            go_on(config, resume=False)
     assert newest(Path(config.out)) == "000002"
     go_on(config)
     assert_same_run(Path(config.out), straight)

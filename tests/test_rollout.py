@@ -193,7 +193,6 @@ def test_the_cached_loop_writes_what_each_row_writes_alone(architecture, tempera
     drawn = sampled(model, prompts, uniforms, temperature=temperature, eos_token_ids=eos)
     assert sizes[0] == len(prompts)
     assert min(sizes) <= len(prompts) / 2  # the batch did shrink
-    assert not drawn.finished.all() or len(eos) > 1
     for row, prompt in enumerate(prompts):
         alone = written_alone(model, prompt, uniforms[row], temperature=temperature, eos=eos)
         tokens, logprobs = zip(*alone, strict=True)

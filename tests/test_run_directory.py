@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+from tiny import tree
 
 from kleash.errors import RunDirectoryError
 from kleash.run_directory import RunDirectory, remove_partial, write_atomically
-from tiny import tree
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import PROMPTS, save_tiny_world, tiny_policy, tiny_reward_model, tiny_tokenizer, tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kleash
@@ -14,7 +15,6 @@ from kleash.checkpoint import checkpoints_in
 from kleash.drift import GLOSSARY
 from kleash.models import fingerprint
 from kleash.train import Clock
-from tiny import PROMPTS, save_tiny_world, tiny_policy, tiny_reward_model, tiny_tokenizer, tree
 
 ROLLOUT = kleash.RolloutConfig(prompts_per_update=8, max_new_tokens=4)
 PPO = kleash.PPOConfig(epochs=2, minibatches=2, learning_rate=3e-3)
@@ -137,9 +137,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_one_does_not(run: Path,
 
 
 def test_micro_batches_change_nothing_that_is_learnt(run: Path, tmp_path: Path) -> None:
-    small = train(
-        tmp_path / "small", eval_reward=cats, ppo=PPO.model_copy(update={"micro_batch": 1}), updates=2
-    ).out
+    small = train(tmp_path / "small", eval_reward=cats, ppo=PPO.model_copy(update={"micro_batch": 1}), updates=2).out
     for name in ("score_mean", "gradient_norm", "policy_loss", "value_loss", "advantage_std", "entropy_per_token"):
         for found, expected in zip(rows_of(small), rows_of(run), strict=False):
             assert found[name] == pytest.approx(expected[name], abs=2e-5), name

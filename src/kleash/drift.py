@@ -14,7 +14,7 @@ from kleash.estimators import (
     mean_with_interval,
     per_sequence,
 )
-from kleash.masking import masked
+from kleash.masking import Reduce, masked, masked_moments, one_process
 from kleash.ppo import UpdateStats
 from kleash.scoring import Scored
 
@@ -179,18 +179,16 @@ def sequence_figures(rollout: Rollout, scored: Scored, scores: Tensor, eval_scor
     return {name: column.to(mask.device, torch.float64) for name, column in columns.items()}
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float | None:
-    """1 - var(returns - values) / var(returns) over the mask of this process; None where returns do not vary.
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, *, reduce: Reduce = one_process) -> float | None:
+    """1 - var(returns - values) / var(returns) over the mask, all processes; None where returns do not vary.
 
     >>> returns = torch.tensor([[1.0, 3.0]])
     >>> explained_variance(returns, returns, torch.tensor([[True, True]]))
     1.0
     """
-    known = returns[mask]
-    variance = float(known.double().var(correction=0))
-    if variance == 0:
-        return None
-    return 1 - float((known - values[mask]).double().var(correction=0)) / variance
+    variance = float(masked_moments(returns.double(), mask, reduce=reduce).variance)
+    residual = float(masked_moments((returns - values).double(), mask, reduce=reduce).variance)
+    return 1 - residual / variance if variance else None
 
 
 def record_of(

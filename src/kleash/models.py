@@ -138,11 +138,14 @@ def response_logits(model: nn.Module, sequences: Tensor, attention_mask: Tensor,
     """
     arguments = forward_arguments(model, sequences, attention_mask)
     arguments["use_cache"] = False
+    end = sequences.shape[1] - 1
     if accepts(model, "logits_to_keep"):
-        logits: Tensor = model(**arguments, logits_to_keep=response_time + 1).logits
-    else:
-        logits = model(**arguments).logits[:, -response_time - 1 :]
-    return logits[:, :-1]
+        # Positions, not a count: a count hands the head a view, and torch multiplies views by another
+        # routine, with another rounding, when the head is frozen. The reference must say the policy's bits.
+        kept = torch.arange(end - response_time, end, device=sequences.device)
+        logits: Tensor = model(**arguments, logits_to_keep=kept).logits
+        return logits
+    return model(**arguments).logits[:, end - response_time : end]  # type: ignore[no-any-return]
 
 
 class ValueModel(nn.Module):

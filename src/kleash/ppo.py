@@ -18,7 +18,6 @@ from kleash.losses import clipped_policy_loss_per_token, clipped_value_loss_per_
 from kleash.masking import Reduce, masked, whiten
 from kleash.models import Models, response_logits, trainable_parameters
 
-
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -23,7 +23,7 @@ from kleash.advantages import generalized_advantages
 from kleash.batch import Prompts, Rollout
 from kleash.config import LeashConfig, RunConfig, config_from
 from kleash.drift import Record, SequenceFigures, explained_variance, record_of, sequence_figures
-from kleash.errors import ModelError
+from kleash.errors import ModelError, RewardError
 from kleash.estimators import kl_policy_ref_per_token_k1, per_sequence
 from kleash.models import load_tokenizer
 from kleash.parts import Given
@@ -179,7 +179,7 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str
             beta=run.leash.beta,
             learning_rate=float(run.scheduler.get_last_lr()[0]),
             advantage_std=scale,
-            explained=explained_variance(targets.old_values, targets.returns, rollout.response_mask),
+            explained=explained_variance(targets.old_values, targets.returns, rollout.response_mask, reduce=run.add_up),
         )
         run.leash = run.leash.after(figures.kl_interval.mean, sequences=figures.kl_interval.n)
         run.scheduler.step()
@@ -209,11 +209,16 @@ def _rollout(run: Run, number: int) -> tuple[Prompts, Rollout]:
 
 
 def _scores(run: Run, prompts: Prompts, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
-    device = run.accelerator.device
-    scores = run.parts.scorer(prompts, rollout).to(device)
-    if run.parts.eval_scorer is None:
-        return scores, None
-    return scores, run.parts.eval_scorer(prompts, rollout).to(device)
+    """Scores by the reward and by the judge; where either fails on one process, every process stops with it."""
+    failure: RewardError | None = None
+    try:
+        scores = [scorer(prompts, rollout) for scorer in filter(None, (run.parts.scorer, run.parts.eval_scorer))]
+    except RewardError as error:
+        failure = error
+    if _anyone(run, failure is not None):
+        raise failure or RewardError("Expected scores on every process, found that another one failed; see its error.")
+    own = [values.to(run.accelerator.device) for values in scores]
+    return own[0], own[1] if run.parts.eval_scorer else None
 
 
 def _epochs(run: Run, number: int) -> Iterator[list[list[Tensor]]]:

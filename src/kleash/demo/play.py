@@ -13,16 +13,16 @@ from rich.table import Table
 from kleash.config import LeashConfig, RunConfig
 from kleash.demo.build import DemoWorld, build_world
 from kleash.demo.evaluation import Evaluation, evaluate
+from kleash.demo.runs import final_policy, train_side_by_side
 from kleash.errors import RunDirectoryError
-from kleash.parts import Given
 from kleash.ppo import PPOConfig
 from kleash.report import write_report
 from kleash.rollout import RolloutConfig
 from kleash.run_directory import write_atomically
-from kleash.train import train_run
 
-LEASHES = {"none": 0.0, "good": 0.1, "tight": 2.0}
-UPDATES = 100
+LEASHES = {"none": 0.0, "good": 0.25, "tight": 3.0}
+LABELS = {"none": "no leash", "good": "good leash", "tight": "tight leash"}
+UPDATES = 60
 RESPONSE_LENGTH = 40
 
 
@@ -68,16 +68,18 @@ def play(out: Path, *, seed: int) -> list[Outcome]:
         f"  the reward model orders {world.reward_model_accuracy:.0%} of held-out pairs as the labeller did; "
         f"the gold judge itself {world.labeller_accuracy:.0%}\n"
     )
-    screen.print("[bold]The runs[/bold]: the same policy, prompts and seed at three leashes")
+    screen.print("[bold]The runs[/bold]: the same policy, prompts and seed at three leashes, side by side")
+    configs = [_config(world, out / leash, beta=beta, seed=seed) for leash, beta in LEASHES.items()]
+    train_side_by_side(configs, screen)
     start = _evaluated(world, world.policy, seed)
-    outcomes = []
-    for leash, beta in LEASHES.items():
-        result = train_run(_config(world, out / leash, beta=beta, seed=seed), Given())
-        end = _evaluated(world, result.checkpoint / "policy", seed)
-        outcomes.append(Outcome(leash=leash, beta=beta, start=start, end=end))
+    outcomes = [
+        Outcome(leash=leash, beta=beta, start=start, end=_evaluated(world, final_policy(config), seed))
+        for (leash, beta), config in zip(LEASHES.items(), configs, strict=True)
+    ]
     summary = json.dumps([outcome.summary() for outcome in outcomes], indent=2)
     write_atomically(out / "summary.json", summary + "\n")
-    page = write_report([out / leash for leash in LEASHES], out / "report.html", labels=list(LEASHES))
+    title, labels = "kleash demo: one policy, three leashes", list(LABELS.values())
+    page = write_report([out / leash for leash in LEASHES], out / "report.html", labels=labels, title=title)
     _print_outcomes(outcomes, Console(highlight=False))
     print(f"\nsummary  {out / 'summary.json'}\nreport   {page}")
     return outcomes
@@ -93,7 +95,7 @@ def _config(world: DemoWorld, out: Path, *, beta: float, seed: int) -> RunConfig
         out=str(out),
         leash=LeashConfig(beta=beta),
         rollout=RolloutConfig(prompts_per_update=64, max_new_tokens=RESPONSE_LENGTH),
-        ppo=PPOConfig(epochs=4, minibatches=4, learning_rate=1e-3),
+        ppo=PPOConfig(epochs=2, minibatches=4, learning_rate=3e-4),
         updates=UPDATES,
         seed=seed,
     )
