@@ -32,6 +32,8 @@ def load_tokenizer(source: str | Path, *, pad_token: str | None = None) -> PreTr
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"Expected a tokenizer at {source}, found none that loads: {first_line(error)}") from error
+    if not has_words(tokenizer):
+        raise ModelError(f"Expected a tokenizer at {source}, found none; save the policy's tokenizer beside it.")
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ModelError(
@@ -40,6 +42,11 @@ def load_tokenizer(source: str | Path, *, pad_token: str | None = None) -> PreTr
         tokenizer.pad_token = pad_token
     require_special_tokens(tokenizer)
     return tokenizer
+
+
+def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer knows anything but special tokens: transformers makes an empty one where no file is."""
+    return len(tokenizer.get_vocab()) > len(tokenizer.all_special_ids)
 
 
 def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -231,6 +238,8 @@ def first_vocabulary_difference(tokenizer: PreTrainedTokenizerBase, source: str 
         AutoConfig.from_pretrained(source)
         other = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
+        return None
+    if not has_words(other):
         return None
     ours = {index: token for token, index in tokenizer.get_vocab().items()}
     theirs = {index: token for token, index in other.get_vocab().items()}

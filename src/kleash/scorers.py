@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from kleash.batch import Prompts, PromptText, Rollout
 from kleash.errors import RewardError, first_line
-from kleash.models import forward_arguments, frozen
+from kleash.models import forward_arguments, frozen, has_words
 from kleash.rewards import last_response_position
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -262,7 +262,7 @@ def _tokenizer_beside(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.config._name_or_path)
     except (OSError, ValueError, KeyError):
         return None
-    return tokenizer
+    return tokenizer if has_words(tokenizer) else None
 
 
 def reward_models(scorer: Scorer) -> list[PreTrainedModel]:

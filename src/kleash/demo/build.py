@@ -16,7 +16,7 @@ from kleash.demo.corpus import split_prompts, write_corpus
 from kleash.demo.gold import gold_judge
 from kleash.demo.policy import finetune, new_policy, sample_answers, save, train_tokenizer
 from kleash.demo.preferences import label_pairs
-from kleash.demo.quiet import quiet
+from kleash.demo.quiet import one_thread, quiet
 from kleash.demo.reward import accuracy, train_reward_model
 
 HELD_OUT_SHARE = 0.15
@@ -37,7 +37,7 @@ class WorldSize:
 
     answers: int = 12000
     epochs: float = 1.0
-    pairs: int = 1600
+    pairs: int = 2400
     held_out_pairs: int = 400
     reward_epochs: float = 2.0
     vocabulary: int = 900
@@ -99,7 +99,7 @@ def build_world(
     size: WorldSize | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> DemoWorld:
-    """Make the whole world under `out`, the same for the same seed (and thread count and library versions).
+    """Make the whole world under `out`, the same for the same seed (and library versions).
 
     Args:
       out: directory; `policy/`, `reward/`, `prompts.jsonl`, `heldout_prompts.jsonl` and `world.json` go there.
@@ -111,7 +111,7 @@ def build_world(
     clock = _Clock(announce)
     out.mkdir(parents=True, exist_ok=True)
     train, held_out = split_prompts(HELD_OUT_SHARE, seed=seed)
-    with quiet():
+    with quiet(), one_thread():
         clock.start("corpus", f"writing {size.answers} answers to {len(train)} prompts ({len(held_out)} held out)")
         corpus = write_corpus(train, size.answers, seed=seed)
         tokenizer = train_tokenizer([text for pair in corpus for text in pair], vocabulary=size.vocabulary)

@@ -1,4 +1,4 @@
-"""Silence while other libraries train: no bars, no notices, no warnings of theirs."""
+"""Conditions under which other libraries train here: silence, and one thread."""
 
 import logging
 import warnings
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import datasets
+import torch
 from transformers.utils import logging as transformers_logging
 
 _switches: Any = transformers_logging  # its functions carry no types
@@ -38,3 +39,14 @@ def quiet() -> Iterator[None]:
             _switches.enable_progress_bar()
         if dataset_bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: models this small gain nothing from a second, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
