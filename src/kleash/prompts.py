@@ -80,7 +80,12 @@ def _read_dataset(name: str) -> list[dict[str, Any]]:
     return list(loaded)
 
 
-def _require_prompt(row: dict[str, Any], number: int, source: str | Path) -> None:
+def _require_prompt(row: Any, number: int, source: str | Path) -> None:
+    if not isinstance(row, dict):
+        raise PromptError(
+            f"Expected rows with a key `prompt` in {source}, found {type(row).__name__} as row {number}; "
+            "write {'prompt': ...}."
+        )
     if "prompt" not in row:
         raise PromptError(
             f"Expected a column `prompt` in {source}, found {', '.join(row) or 'no columns'}; rename the column."

@@ -16,6 +16,7 @@ from kleash.demo.evaluation import Evaluation, evaluate
 from kleash.demo.runs import final_policy, train_side_by_side
 from kleash.errors import RunDirectoryError
 from kleash.ppo import PPOConfig
+from kleash.progress import silent_libraries
 from kleash.report import write_report
 from kleash.rollout import RolloutConfig
 from kleash.run_directory import write_atomically
@@ -61,7 +62,7 @@ def play(out: Path, *, seed: int) -> list[Outcome]:
         raise RunDirectoryError(
             f"Expected an empty directory for the demo, found files in {out}; choose another --out."
         )
-    screen = Console(stderr=True, highlight=False)
+    screen = Console(stderr=True, highlight=False, soft_wrap=True)
     screen.print("[bold]The world[/bold]: questions about a household, answered by a small language model")
     world = build_world(out / "world", seed=seed, announce=lambda line: screen.print(f"  {line}"))
     screen.print(
@@ -71,11 +72,7 @@ def play(out: Path, *, seed: int) -> list[Outcome]:
     screen.print("[bold]The runs[/bold]: the same policy, prompts and seed at three leashes, side by side")
     configs = [_config(world, out / leash, beta=beta, seed=seed) for leash, beta in LEASHES.items()]
     train_side_by_side(configs, screen)
-    start = _evaluated(world, world.policy, seed)
-    outcomes = [
-        Outcome(leash=leash, beta=beta, start=start, end=_evaluated(world, final_policy(config), seed))
-        for (leash, beta), config in zip(LEASHES.items(), configs, strict=True)
-    ]
+    outcomes = _outcomes(world, configs, seed)
     summary = json.dumps([outcome.summary() for outcome in outcomes], indent=2)
     write_atomically(out / "summary.json", summary + "\n")
     title, labels = "kleash demo: one policy, three leashes", list(LABELS.values())
@@ -99,6 +96,16 @@ def _config(world: DemoWorld, out: Path, *, beta: float, seed: int) -> RunConfig
         updates=UPDATES,
         seed=seed,
     )
+
+
+def _outcomes(world: DemoWorld, configs: list[RunConfig], seed: int) -> list[Outcome]:
+    """Start and end of every run on the held-out prompts."""
+    with silent_libraries():
+        start = _evaluated(world, world.policy, seed)
+        return [
+            Outcome(leash=leash, beta=beta, start=start, end=_evaluated(world, final_policy(config), seed))
+            for (leash, beta), config in zip(LEASHES.items(), configs, strict=True)
+        ]
 
 
 def _evaluated(world: DemoWorld, policy: Path, seed: int) -> Evaluation:
