@@ -34,7 +34,7 @@ from kleash.ppo import PPOConfig
 from kleash.rollout import RolloutConfig
 from kleash.run import run_from
 from kleash.scorers import model_scorer
-from kleash.train import update
+from kleash.training import update
 
 PHASES = ("sampling", "rewarding", "scoring", "optimising", "total")
 

@@ -150,4 +150,4 @@ def test_ppo_finds_the_closed_form_optimum_of_two_prompts_with_responses_that_en
     assert game.kl(policy, optimum.sequence_logprobs) < 0.01
     drift = game.kl(policy, start)
     assert game.expected(policy, scores) - beta * drift == pytest.approx(float(optimum.objective), abs=0.01)
-    assert records[-1]["kl_policy_ref_per_sequence_low"] < drift < records[-1]["kl_policy_ref_per_sequence_high"]
+    assert records[-1]["kl_policy_ref_per_sequence"] == pytest.approx(drift, rel=0.25)  # an average over 64 responses

@@ -1,5 +1,11 @@
 """The public names, frozen: adding or taking one away is a decision, made here."""
 
+import ast
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
 import kleash
 
 NAMES = """
@@ -22,3 +28,21 @@ def test_each_public_name_is_there_and_says_what_it_is() -> None:
         assert said.strip(), name
         assert not said.startswith(f"{name}("), f"{name} has no words of its own"
     assert kleash.__version__.count(".") == 2
+
+
+def test_the_stub_for_type_checkers_names_the_same_homes() -> None:
+    stub = ast.parse((Path(kleash.__file__).with_suffix(".pyi")).read_text(encoding="utf-8"))
+    homes = {
+        alias.asname or alias.name: node.module
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(homes) == set(kleash.__all__) - {"__version__"}
+    for name in homes:
+        assert getattr(import_module(homes[name]), name) is getattr(kleash, name), name
+
+
+def test_the_functions_on_tensors_need_no_model_library() -> None:
+    code = "import sys, kleash; kleash.kl_divergence; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

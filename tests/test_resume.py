@@ -22,7 +22,7 @@ from kleash.models import fingerprint, load_causal_model
 from kleash.parts import Given
 from kleash.run_directory import RunDirectory
 from kleash.scorers import FunctionScorer
-from kleash.train import RunResult, train_run
+from kleash.training import RunResult, train_run
 
 UPDATES = 6
 SAME_BYTES = ("records.jsonl", "samples.jsonl")

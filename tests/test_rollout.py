@@ -66,6 +66,16 @@ def test_a_forbidden_token_is_never_drawn(vocab):
     assert tokens[1] == (vocab - 1 if vocab % 2 == 0 else vocab - 2)
 
 
+@pytest.mark.parametrize("allowed", [100, BLOCK + 100])
+def test_rounding_of_a_sum_does_not_push_the_largest_uniform_past_the_last_token_allowed(allowed):
+    """A block's float32 sum may exceed the float64 sum of its tokens: what is left over belongs to no forbidden one."""
+    logits = random_logits(500, 2 * BLOCK)
+    logits[:, allowed:] = -INF
+    tokens, logprobs = draw_tokens(logits, torch.full((500,), LAST, dtype=torch.float64), temperature=1.0)
+    assert (tokens == allowed - 1).all()
+    assert logprobs.isfinite().all()
+
+
 @pytest.mark.parametrize("allowed", [0, 3, BLOCK - 1, BLOCK, 2 * BLOCK])
 @pytest.mark.parametrize("uniform", [0.0, 0.5, LAST])
 def test_the_only_token_allowed_is_certain(allowed, uniform):

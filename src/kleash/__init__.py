@@ -1,88 +1,93 @@
 """Post-train a language model against a reward model, on a KL leash.
 
-    prompts -> rollout -> log-probs (policy, reference) -> KL -> adjusted rewards -> advantages -> PPO update
-    -> leash -> drift -> report
+prompts -> rollout -> log-probs (policy, reference) -> KL -> adjusted rewards -> advantages -> PPO update
+-> leash -> drift -> report
 """
 
-from kleash.advantages import generalized_advantages
-from kleash.config import CheckpointConfig, LeashConfig, RunConfig, read_config
-from kleash.divergence import entropy, js_divergence, kl_divergence, kl_policy_ref_per_token
-from kleash.errors import (
-    CheckpointError,
-    ConfigError,
-    InputError,
-    KleashError,
-    ModelError,
-    NonFiniteError,
-    PromptError,
-    RewardError,
-    RunDirectoryError,
-    RunStopped,
-    ShapeError,
-    ValueRangeError,
-)
-from kleash.estimators import (
-    Interval,
-    kl_policy_ref_per_token_k1,
-    kl_policy_ref_per_token_k2,
-    kl_policy_ref_per_token_k3,
-    mean_with_interval,
-    per_sequence,
-)
-from kleash.leash import FixedLeash, Leash, ZieglerLeash
-from kleash.logprobs import full_log_probs, token_logprobs
-from kleash.losses import clipped_policy_loss_per_token, clipped_value_loss_per_token
-from kleash.masking import masked_mean, whiten
-from kleash.ppo import PPOConfig
-from kleash.report import write_report
-from kleash.rewards import adjusted_rewards, missing_eos_penalised
-from kleash.rollout import RolloutConfig
-from kleash.train import RunResult, train
-from kleash.version import VERSION as __version__
+from importlib import import_module
 
-__all__ = [
-    "CheckpointConfig",
-    "CheckpointError",
-    "ConfigError",
-    "FixedLeash",
-    "InputError",
-    "Interval",
-    "KleashError",
-    "Leash",
-    "LeashConfig",
-    "ModelError",
-    "NonFiniteError",
-    "PPOConfig",
-    "PromptError",
-    "RewardError",
-    "RolloutConfig",
-    "RunConfig",
-    "RunDirectoryError",
-    "RunResult",
-    "RunStopped",
-    "ShapeError",
-    "ValueRangeError",
-    "ZieglerLeash",
-    "__version__",
-    "adjusted_rewards",
-    "clipped_policy_loss_per_token",
-    "clipped_value_loss_per_token",
-    "entropy",
-    "full_log_probs",
-    "generalized_advantages",
-    "js_divergence",
-    "kl_divergence",
-    "kl_policy_ref_per_token",
-    "kl_policy_ref_per_token_k1",
-    "kl_policy_ref_per_token_k2",
-    "kl_policy_ref_per_token_k3",
-    "masked_mean",
-    "mean_with_interval",
-    "missing_eos_penalised",
-    "per_sequence",
-    "read_config",
-    "token_logprobs",
-    "train",
-    "whiten",
-    "write_report",
-]
+from kleash.version import VERSION
+
+__version__ = VERSION
+
+_NAMES_OF = {
+    "advantages": ("generalized_advantages",),
+    "config": (
+        "CheckpointConfig",
+        "LeashConfig",
+        "RunConfig",
+        "read_config",
+    ),
+    "divergence": (
+        "entropy",
+        "js_divergence",
+        "kl_divergence",
+        "kl_policy_ref_per_token",
+    ),
+    "errors": (
+        "CheckpointError",
+        "ConfigError",
+        "InputError",
+        "KleashError",
+        "ModelError",
+        "NonFiniteError",
+        "PromptError",
+        "RewardError",
+        "RunDirectoryError",
+        "RunStopped",
+        "ShapeError",
+        "ValueRangeError",
+    ),
+    "estimators": (
+        "Interval",
+        "kl_policy_ref_per_token_k1",
+        "kl_policy_ref_per_token_k2",
+        "kl_policy_ref_per_token_k3",
+        "mean_with_interval",
+        "per_sequence",
+    ),
+    "leash": (
+        "FixedLeash",
+        "Leash",
+        "ZieglerLeash",
+    ),
+    "logprobs": (
+        "full_log_probs",
+        "token_logprobs",
+    ),
+    "losses": (
+        "clipped_policy_loss_per_token",
+        "clipped_value_loss_per_token",
+    ),
+    "masking": (
+        "masked_mean",
+        "whiten",
+    ),
+    "ppo": ("PPOConfig",),
+    "report": ("write_report",),
+    "rewards": (
+        "adjusted_rewards",
+        "missing_eos_penalised",
+    ),
+    "rollout": ("RolloutConfig",),
+    "training": (
+        "RunResult",
+        "train",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
+
+__all__ = sorted([*_MODULE_OF, "__version__"])  # type checkers read __init__.pyi
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: the functions on tensors need torch alone, `--help` not even that."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'kleash' has no attribute {name!r}")
+    value = getattr(import_module(f"kleash.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

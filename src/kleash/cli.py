@@ -160,7 +160,7 @@ def _run(config: Any, *, resume: bool, words: list[str]) -> int:
     from accelerate import PartialState
 
     from kleash.parts import Given
-    from kleash.train import train_run
+    from kleash.training import train_run
 
     result = train_run(config, Given(), resume=resume)
     if PartialState().is_main_process:

@@ -14,7 +14,7 @@ import kleash
 from kleash.checkpoint import checkpoints_in
 from kleash.drift import GLOSSARY
 from kleash.models import fingerprint
-from kleash.train import Clock
+from kleash.training import Clock
 
 ROLLOUT = kleash.RolloutConfig(prompts_per_update=8, max_new_tokens=4)
 PPO = kleash.PPOConfig(epochs=2, minibatches=2, learning_rate=3e-3)
