@@ -81,7 +81,7 @@ def test_a_model_saved_without_its_tokenizer_is_one_sentence(tmp_path, architect
 
 def test_nothing_at_all_is_one_sentence(tmp_path):
     for load in (load_tokenizer, lambda source: load_causal_model(source, "policy")):
-        with pytest.raises(ModelError, match="found none that loads") as caught:
+        with pytest.raises(ModelError, match=r"Expected a .* at .*missing.*, found ") as caught:
             load(tmp_path / "missing")
         assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match=r"causal language model at .* for the reference"):
@@ -123,7 +123,7 @@ def test_a_frozen_copy_stays_while_the_policy_learns():
 
 
 def test_the_fingerprint_sees_every_parameter():
-    model = tiny_policy(2)
+    model = tiny_policy(2, tie_word_embeddings=False)
     before, seen = fingerprint(model), set()
     for name, parameter in model.named_parameters():
         with torch.no_grad():

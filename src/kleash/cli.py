@@ -137,20 +137,20 @@ def _train(words: list[str]) -> int:
     return _run(read_config(path, overrides), resume="--resume" in words, words=[path, *overrides])
 
 
-def _print_train_help(config: Any) -> None:
+def _print_train_help(keys: type) -> None:
     @dataclass(frozen=True, kw_only=True)
     class TrainArguments:
         """The file, and every key of it as a flag."""
 
         run_yaml: tyro.conf.Positional[Path]
         """The run's configuration; every flag below overrides one of its keys."""
-        config: Annotated[Any, tyro.conf.arg(name="")]
+        config: Annotated[keys, tyro.conf.arg(name="")]  # type: ignore[valid-type]
 
-    TrainArguments.__annotations__["config"] = Annotated[config, tyro.conf.arg(name="")]
     description = (
         "Train a policy against a reward on a KL leash.\n\n"
         "--resume goes on from the newest checkpoint in `out`, with the same configuration.\n"
-        "--debug  shows the traceback of an error."
+        "--debug  shows the traceback of an error.\n"
+        "A key marked (required) may stand in the file or among the flags."
     )
     with suppress(SystemExit):
         _parsed(TrainArguments, ["--help"], command="train", description=description)
@@ -176,5 +176,4 @@ def _run(config: Any, *, resume: bool, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(main())

@@ -31,7 +31,7 @@ def load_tokenizer(source: str | Path, *, pad_token: str | None = None) -> PreTr
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"Expected a tokenizer at {source}, found none that loads: {first_line(error)}") from error
+        raise ModelError(f"Expected a tokenizer at {source}, found {why_not(source, error)}") from error
     if not has_words(tokenizer):
         raise ModelError(f"Expected a tokenizer at {source}, found none; save the policy's tokenizer beside it.")
     if pad_token is not None:
@@ -42,6 +42,18 @@ def load_tokenizer(source: str | Path, *, pad_token: str | None = None) -> PreTr
         tokenizer.pad_token = pad_token
     require_special_tokens(tokenizer)
     return tokenizer
+
+
+def why_not(source: str | Path, error: Exception) -> str:
+    """Why nothing could be loaded from a source, in words that end a sentence."""
+    path = Path(source)
+    names_a_path = str(source).startswith(("/", ".", "~")) or len(path.parts) > 2
+    if names_a_path and not path.is_dir():
+        return "no such directory; check the path."
+    if path.is_dir() and not (path / "config.json").is_file():
+        return "a directory without config.json; give one that save_pretrained wrote."
+    cause = first_line(error).rstrip(".")
+    return f"none that loads ({cause}); check the name, or give a directory that save_pretrained wrote."
 
 
 def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -70,7 +82,7 @@ def load_causal_model(source: str | Path, role: str) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
-            f"Expected a causal language model at {source} for the {role}, found none that loads: {first_line(error)}"
+            f"Expected a causal language model at {source} for the {role}, found {why_not(source, error)}"
         ) from error
     model.eval()  # type: ignore[no-untyped-call]
     return model

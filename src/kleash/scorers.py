@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from kleash.batch import Prompts, PromptText, Rollout
 from kleash.errors import RewardError, first_line
-from kleash.models import forward_arguments, frozen, has_words
+from kleash.models import forward_arguments, frozen, has_words, why_not
 from kleash.rewards import last_response_position
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -212,8 +212,7 @@ def load_reward_model(source: str) -> PreTrainedModel:
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise RewardError(
-            f"Expected a reward model at {source}, found none that loads: {first_line(error)}; "
-            "give a sequence-classification checkpoint or module:function."
+            f"Expected a reward model (one label), or module:function, at {source}, found {why_not(source, error)}"
         ) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])[0]
