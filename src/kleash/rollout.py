@@ -30,7 +30,7 @@ class RolloutConfig(BaseModel):
     """Prompts, and so responses, in one update, over all processes."""
     max_new_tokens: int = Field(64, ge=1)
     """A response is cut here; the cut is part of the task, nothing is bootstrapped beyond it."""
-    temperature: float = Field(1.0, gt=0, le=100)
+    temperature: float = Field(1.0, ge=1e-3, le=1e3)
     """Belongs to the policy: every log-prob of policy and reference is taken at this temperature."""
     batch: int | None = Field(None, ge=1)
     """Sequences sampled together on each process; null = all of its share."""

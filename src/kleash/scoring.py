@@ -45,7 +45,8 @@ def score_rollout(models: Models, rollout: Rollout, micro_batches: list[Tensor],
       temperature: the one that the rollout was sampled at.
 
     Raises:
-      NonFiniteError: a sampled token has a log-prob, or a position a value, that is not finite.
+      NonFiniteError: a log-prob, value, entropy or exact KL is not finite; the KL is not where the reference
+        forbids a token that the policy allows.
     """
     empty = torch.zeros(rollout.response_mask.shape, device=rollout.sequences.device)
     columns = {name: empty.clone() for name in Scored.__dataclass_fields__}
@@ -58,8 +59,7 @@ def score_rollout(models: Models, rollout: Rollout, micro_batches: list[Tensor],
         for name, values in stats.items():
             columns[name][part.rows, : part.time] = values
     for name, values in columns.items():
-        if name != "kl_policy_ref_per_token":
-            require_finite_per_token(name, values)
+        require_finite_per_token(name, values)
     return Scored(**columns)
 
 
