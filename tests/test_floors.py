@@ -16,7 +16,7 @@ FLOORS = {
     **dict.fromkeys(["checks"], 1),
     **dict.fromkeys(["masking", "batch"], 2),
     **dict.fromkeys(["divergence", "estimators", "logprobs", "rewards", "advantages", "losses", "leash"], 3),
-    **dict.fromkeys(["seeds", "models", "fused"], 4),
+    **dict.fromkeys(["seeds", "models", "interrupt", "fused"], 4),
     **dict.fromkeys(["prompts", "scorers", "rollout", "scoring", "ppo", "verdict"], 5),
     **dict.fromkeys(["drift", "config", "run_directory", "report"], 6),
     **dict.fromkeys(["checkpoint", "progress", "parts", "preflight"], 7),

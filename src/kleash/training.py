@@ -4,8 +4,6 @@ prompts -> rollout -> log-probs (policy, reference) -> KL -> adjusted rewards ->
 -> leash -> drift -> report
 """
 
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from kleash.config import LeashConfig, RunConfig, config_from
 from kleash.drift import Record, SequenceFigures, explained_variance, record_of, sequence_figures
 from kleash.errors import ModelError, RewardError
 from kleash.estimators import kl_policy_ref_per_token_k1, per_sequence
+from kleash.interrupt import Stop, stop_on_signals
 from kleash.models import load_tokenizer
 from kleash.parts import Given
 from kleash.ppo import PPOConfig, Targets, minibatches_of, ppo_update, whitened_advantages
@@ -47,35 +46,6 @@ class RunResult:
     completed_updates: int
     interrupted: bool
     checkpoint: Path
-
-
-@dataclass(kw_only=True)
-class Stop:
-    """Set by the first Ctrl-C or SIGTERM; the loop looks at it after each update."""
-
-    requested: bool = False
-
-
-@contextmanager
-def _stop_on_signals(progress: RunProgress) -> Iterator[Stop]:
-    """The first signal lets the update finish and a checkpoint be saved; the second interrupts at once."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, frame: object) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        progress.say("Finishing this update, then saving a checkpoint; once more stops at once.")
-
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @dataclass(kw_only=True)
@@ -104,7 +74,7 @@ def train_run(config: RunConfig, given: Given, *, resume: bool = False, quiet: b
     with (
         silent_libraries(),
         RunProgress(title=title, updates=config.updates, completed=run.completed, quiet=quiet or not main) as progress,
-        _stop_on_signals(progress) as stop,
+        stop_on_signals(progress.say) as stop,
     ):
         try:
             _loop(run, progress, stop)
