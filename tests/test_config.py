@@ -164,7 +164,7 @@ def test_a_flag_that_cannot_be_used_is_named(file: Path, words: list[str], found
         ({"ppo": {"clip_range": 0}}, "greater than 0, found 0"),
         ({"ppo": {"adam_betas": [0.9, 1.0]}}, "ppo.adam_betas.1 in run.yaml: less than 1, found 1.0"),
         ({"ppo": {"epochs": 0}}, "greater than or equal to 1, found 0"),
-        ({"rollout": {"temperature": 0}}, "rollout.temperature in run.yaml: greater than 0, found 0"),
+        ({"rollout": {"temperature": 0}}, "rollout.temperature in run.yaml: greater than or equal to 0.001, found 0"),
         ({"rollout": {"max_new_tokens": 0}}, "greater than or equal to 1, found 0"),
         ({"rollout": {"prompts_per_update": 6}}, "prompts_per_update 6 must be a multiple of ppo.minibatches 4"),
         ({"updates": 0}, "greater than or equal to 1, found 0"),
