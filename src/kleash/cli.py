@@ -148,8 +148,8 @@ def _print_train_help(keys: type) -> None:
 
     description = (
         "Train a policy against a reward on a KL leash.\n\n"
-        "--resume goes on from the newest checkpoint in `out`, with the same configuration.\n"
-        "--debug  shows the traceback of an error.\n"
+        "--resume goes on from the newest checkpoint in `out`, with the same configuration.\n\n"
+        "--debug shows the traceback of an error.\n\n"
         "A key marked (required) may stand in the file or among the flags."
     )
     with suppress(SystemExit):

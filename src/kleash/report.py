@@ -153,14 +153,16 @@ def samples_at(run: Run, stage: str) -> list[Record]:
 
 
 def add_card(cards: list[dict[str, Any]], row: Record, stage: str, index: int) -> None:
-    """Adds a response to its prompt's cards, or a run to the card that holds the same response."""
+    """Adds a response to its prompt's cards, or a run to the card that holds the same response, judged the same."""
     response = str(row.get("response") or "")
-    for card in cards:
-        if (card["stage"], card["response"]) == (stage, response) and index not in card["runs"]:
-            card["runs"].append(index)
-            return
     keys = {"score": "score", "judge": "eval_score", "kl": KL, "length": "response_length"}
     numbers = {name: figure_of(row, key) for name, key in keys.items()}
+    for card in cards:
+        judged = (card["stage"], card["response"], card["score"], card["judge"])
+        same = judged == (stage, response, numbers["score"], numbers["judge"])
+        if same and index not in card["runs"]:
+            card["runs"].append(index)
+            return
     cut = row.get("finished") is False
     cards.append({"stage": stage, "runs": [index], "response": response, "at": row["update"], "cut": cut, **numbers})
 

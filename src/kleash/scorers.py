@@ -51,7 +51,7 @@ def require_scores(scores: Sequence[float], prompts: Prompts, source: str) -> Te
         if not math.isfinite(number):
             raise RewardError(
                 f"Expected finite scores from {source}, found {number} for the prompt {shortened(text)}; "
-                "mend the reward for such a response, then go on with --resume."
+                "mend the reward for such a response (a run that has begun goes on with --resume)."
             )
     return torch.tensor(numbers, dtype=torch.float32)
 
