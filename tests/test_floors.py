@@ -26,7 +26,7 @@ FLOORS = {
     **dict.fromkeys(["cli"], 11),
     **dict.fromkeys(["__init__", "__main__"], TOP),
 }
-ONE_ROOM = {"demo"}  # folders whose files may import each other, without a cycle
+ONE_ROOM = {"demo", "fused"}  # folders whose files may import each other, without a cycle
 PURE = 3  # the highest floor that knows torch and the standard library only
 FORBIDDEN_LIBRARIES = {"logging", "random", "os", "pathlib", "io", "shutil", "tempfile", "subprocess", "importlib"}
 FORBIDDEN_NAMES = {"open", "print", "input", "__import__"}

@@ -1,0 +1,164 @@
+"""The sweep over tiles of both heads, and its place in autograd."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kleash.fused.backward import Saved, Upstream, head_gradients
+from kleash.fused.fold import Normaliser, choose, empty_normaliser, fold_one, fold_pair
+from kleash.fused.head import Head
+from kleash.fused.tiles import Buffers, Product, accumulated_dtype, bfloat16_products, token_chunks, vocab_tiles
+
+Factors = tuple[Tensor, Head]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a sweep is asked for, beside the policy.
+
+    tokens:      [N] the token at each position.
+    ref:         hidden states [N, hidden] and head of the reference, without gradient; None = the policy alone.
+    temperature: of both distributions.
+    vocab:       how many entries of the heads count.
+    both_ways:   also KL(reference || policy).
+    """
+
+    tokens: Tensor
+    ref: Factors | None
+    temperature: float
+    vocab: int
+    both_ways: bool
+
+
+def factors(hidden: Tensor, head: Head) -> Factors:
+    """Hidden states and head in one type: autocast's where it is on, else the wider of the two."""
+    kind = hidden.device.type
+    wider = torch.promote_types(hidden.dtype, head.weight.dtype)
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else wider
+    return hidden.to(dtype), replace(head, weight=head.weight.to(dtype))
+
+
+def swept(request: Request, hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
+    """(logprobs, entropy), with a reference (.., kl, ref logprobs), both ways (.., reverse kl), each [N] nats."""
+    hidden, head = factors(hidden, head)
+    arguments = (request, hidden, head.weight, head.bias, head.scale, head.softcap)
+    results: tuple[Tensor, ...] = _Sweep.apply(*arguments)  # type: ignore[no-untyped-call]
+    return results
+
+
+class _Sweep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        request: Request,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, ...]:
+        head = Head(weight=weight, bias=bias, scale=scale, softcap=softcap)
+        some_forbidden = _forbids(head) or (request.ref is not None and _forbids(request.ref[1]))
+        policy, ref = _sums(request, hidden, head, some_forbidden=some_forbidden)
+        columns = _columns(policy, ref, both_ways=request.both_ways)
+        if not some_forbidden and not bool(torch.stack([c.isfinite().all() for c in columns]).all()):
+            some_forbidden = True
+            policy, ref = _sums(request, hidden, head, some_forbidden=True)
+            columns = _columns(policy, ref, both_ways=request.both_ways)
+        ctx.set_materialize_grads(False)
+        ctx.request, ctx.some_forbidden, ctx.scale, ctx.softcap = request, some_forbidden, scale, softcap
+        kl = columns[2] if ref is not None else None
+        ref_log_normaliser = ref.log_normaliser if ref is not None else None
+        ctx.save_for_backward(hidden, weight, bias, policy.log_normaliser, ref_log_normaliser, kl, columns[1])
+        results = tuple(column.squeeze(1) for column in columns)
+        if ref is not None:
+            ctx.mark_non_differentiable(results[3])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        request: Request = ctx.request
+        hidden, weight, bias, log_normaliser, ref_log_normaliser, kl, entropy = ctx.saved_tensors
+        given = [None if gradient is None else gradient.unsqueeze(1) for gradient in gradients]
+        logprobs, of_entropy, of_kl, _, reverse_kl = given + [None] * (5 - len(given))
+        upstream = Upstream(logprobs=logprobs, kl=of_kl, entropy=of_entropy, reverse_kl=reverse_kl)
+        with bfloat16_products(hidden):
+            found = head_gradients(
+                (hidden, Head(weight=weight, bias=bias, scale=ctx.scale, softcap=ctx.softcap)),
+                request.ref if upstream.needs_ref else None,
+                Saved(
+                    places=request.tokens.unsqueeze(1),
+                    log_normaliser=log_normaliser,
+                    ref_log_normaliser=ref_log_normaliser,
+                    kl=kl,
+                    entropy=entropy,
+                ),
+                upstream,
+                vocab=request.vocab,
+                temperature=request.temperature,
+                some_forbidden=ctx.some_forbidden,
+                weight_wanted=ctx.needs_input_grad[2],
+                bias_wanted=ctx.needs_input_grad[3],
+            )
+        weight_gradient = None if found.weight is None else found.weight.to(weight.dtype)
+        bias_gradient = None if found.bias is None else found.bias.to(bias.dtype)
+        return None, found.hidden.to(hidden.dtype), weight_gradient, bias_gradient, None, None
+
+
+def _forbids(head: Head) -> bool:
+    """Whether the head's bias forbids a token."""
+    return head.bias is not None and bool((head.bias == -math.inf).any())
+
+
+def _sums(
+    request: Request, hidden: Tensor, head: Head, *, some_forbidden: bool
+) -> tuple[Normaliser, Normaliser | None]:
+    """The running sums of both models after the whole vocabulary."""
+    buffers = Buffers(hidden.device, accumulated_dtype(hidden.dtype))
+    with bfloat16_products(hidden):
+        parts = [
+            _sums_of_chunk(request, hidden, head, chunk, buffers, some_forbidden=some_forbidden)
+            for chunk in token_chunks(len(hidden), hidden.device)
+        ]
+    policy = _joined([policy for policy, _ in parts])
+    refs = [ref for _, ref in parts if ref is not None]
+    return policy, _joined(refs) if request.ref is not None else None
+
+
+def _sums_of_chunk(
+    request: Request, hidden: Tensor, head: Head, chunk: slice, buffers: Buffers, *, some_forbidden: bool
+) -> tuple[Normaliser, Normaliser | None]:
+    policy_product = Product(hidden[chunk], head, buffers, "policy")
+    ref_product = None if request.ref is None else Product(request.ref[0][chunk], request.ref[1], buffers, "ref")
+    places = request.tokens[chunk].unsqueeze(1)
+    policy, ref = (empty_normaliser(len(places), hidden.device, accumulated_dtype(hidden.dtype)) for _ in range(2))
+    for columns in vocab_tiles(len(places), request.vocab, hidden.device):
+        logits = policy_product.logits(columns, temperature=request.temperature)
+        choose(policy, logits, places - columns.start)
+        if ref_product is None:
+            fold_one(policy, logits, buffers, some_forbidden=some_forbidden)
+            continue
+        ref_logits = ref_product.logits(columns, temperature=request.temperature)
+        choose(ref, ref_logits, places - columns.start)
+        fold_pair(policy, ref, logits, ref_logits, buffers, both_ways=request.both_ways, some_forbidden=some_forbidden)
+    return policy, None if ref_product is None else ref
+
+
+def _joined(parts: list[Normaliser]) -> Normaliser:
+    """The chunks' sums below each other."""
+    return Normaliser(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Normaliser)})
+
+
+def _columns(policy: Normaliser, ref: Normaliser | None, *, both_ways: bool) -> list[Tensor]:
+    """What `swept` returns, as [N, 1]."""
+    columns = [policy.chosen_logprob, policy.entropy]
+    if ref is not None:
+        columns += [policy.divergence_to(ref), ref.chosen_logprob]
+        if both_ways:
+            columns.append(ref.divergence_to(policy))
+    return columns
