@@ -7,6 +7,7 @@ import yaml
 
 from kleash.config import LeashConfig, RunConfig, WeightedSource, config_as_yaml, config_from, read_config
 from kleash.errors import ConfigError
+from kleash.kl_form import FORMS
 from kleash.leash import FixedLeash, ZieglerLeash
 from kleash.ppo import PPOConfig
 from kleash.rollout import RolloutConfig
@@ -20,7 +21,7 @@ reward: path-or-name               # or module:function, or a list of {source, w
 eval_reward: null                  # same forms; never trains, only judges
 prompts: file-or-dataset           # column `prompt`
 out: runs/first
-kl: k1
+kl: exact
 leash: {beta: 0.05}
 rollout: {prompts_per_update: 64, max_new_tokens: 64, temperature: 1.0}
 ppo: {epochs: 4, minibatches: 4, clip_range: 0.2, learning_rate: 1.0e-5, gamma: 1.0, gae_lambda: 0.95}
@@ -50,7 +51,7 @@ def test_the_keys_of_the_design_are_accepted_and_their_values_are_the_defaults()
     )
     assert designed == least
     assert designed.leash == LeashConfig(kind="fixed", beta=0.05)
-    assert (designed.updates, designed.seed, designed.kl, designed.reference) == (100, 0, "k1", None)
+    assert (designed.updates, designed.seed, designed.kl, designed.reference) == (100, 0, "exact", None)
 
 
 def test_the_resolved_configuration_comes_back_from_its_yaml() -> None:
@@ -137,10 +138,16 @@ def test_a_flag_that_cannot_be_used_is_named(file: Path, words: list[str], found
     assert found in str(caught.value)
 
 
+@pytest.mark.parametrize("form", [name for name, form in FORMS.items() if form.bias])
+def test_a_biased_form_is_taken_by_whoever_says_so(form: str) -> None:
+    least = {"policy": "a", "reward": "b", "prompts": "c", "out": "d"}
+    assert config_from({**least, "kl": form, "allow_biased": True}, "run.yaml").kl == form
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ({"polcy": "x"}, "Expected a known key in run.yaml, found polcy; the keys there are checkpoint, eval_reward,"),
+        ({"polcy": "x"}, "Expected a known key in run.yaml, found polcy; the keys there are allow_biased, checkpoint,"),
         ({"ppo": {"bogus": 1}}, "found ppo.bogus; the keys there are adam_betas"),
         ({"checkpoint": {"evry": 1}}, "found checkpoint.evry; the keys there are every, keep."),
         ({"reward": [{"source": "a", "wight": 2}]}, "found reward.0.wight; the keys there are source, weight."),
@@ -149,7 +156,13 @@ def test_a_flag_that_cannot_be_used_is_named(file: Path, words: list[str], found
         ({"reward": []}, "Expected for reward in run.yaml"),
         ({"reward": 5}, "Expected for reward in run.yaml: a valid string, found 5; change it."),
         ({"out": ""}, "Expected for out in run.yaml"),
-        ({"kl": "exact"}, "Expected for kl in run.yaml: 'k1', found 'exact'"),
+        ({"kl": "full"}, "Expected for kl in run.yaml: 'exact', 'k1', 'exact_in_loss', 'k2_in_loss', "),
+        ({"kl": "k3_in_loss"}, "kl k3_in_loss is biased, since its gradient is that of KL(reference || policy)"),
+        ({"kl": "k3_in_reward"}, "kl k3_in_reward is biased, since its gradient points away"),
+        ({"kl": "exact_in_loss"}, "kl exact_in_loss is biased, since a token does not answer for the drift after it"),
+        ({"kl": "k2_in_loss"}, "take exact or k1, or say allow_biased: true"),
+        ({"kl": "exact_in_reward", "allow_biased": True}, "kl exact_in_reward is no leash, since the exact KL of a"),
+        ({"kl": "k1_in_loss", "allow_biased": True}, "kl k1_in_loss is no leash, since the expected gradient of"),
         ({"leash": {"beta": -1}}, "leash.beta in run.yaml: greater than or equal to 0, found -1"),
         ({"leash": {"beta": float("nan")}}, "leash.beta in run.yaml: a finite number, found nan"),
         ({"leash": {"beta": float("inf")}}, "leash.beta in run.yaml: a finite number, found inf"),

@@ -16,6 +16,7 @@ NAN = math.nan
 MASK = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
 STATS = UpdateStats(
     policy_loss=-0.25,
+    leash_loss=0.0625,
     value_loss=0.5,
     clip_share=0.125,
     value_clip_share=0.25,
@@ -50,7 +51,7 @@ SCORED = Scored(
     ref_logprobs=on_the_mask(-1.5, -2.25, -1.5, -0.5, -2.5, -1.75),
     values=torch.zeros(3, 3),
     kl_policy_ref_per_token=on_the_mask(0.25, 0.5, 1.0, 0.0, 0.125, 2.0),
-    policy_entropy_per_token=on_the_mask(1.0, 2.0, 0.5, 1.5, 1.0, 0.0),
+    policy_entropy=on_the_mask(1.0, 2.0, 0.5, 1.5, 1.0, 0.0),
 )
 SCORES = torch.tensor([1.0, -1.0, 3.0])
 
@@ -61,7 +62,7 @@ def figures(eval_scores: torch.Tensor | None = None) -> SequenceFigures:
 
 def record(of: SequenceFigures, **changes: object) -> dict:
     numbers = {
-        "rewards_per_sequence_mean": 0.5, "beta": 0.1, "learning_rate": 1e-5, "advantage_std": 1.25, "explained": 0.75
+        "missing_eos_penalty": 0.3, "beta": 0.1, "learning_rate": 1e-5, "advantage_std": 1.25, "explained": 0.75
     }  # fmt: skip
     return record_of(7, of, STATS, **{**numbers, **changes})
 
@@ -112,13 +113,14 @@ def test_every_figure_of_a_record_equals_its_hand_sum():
         "kl_policy_ref_per_sequence_k3": (k3(0.5) + 2 * k3(1.0) + k3(-0.5) + k3(0.25)) / 3,
         "kl_policy_ref_per_token": 3.875 / tokens,
         "beta": 0.1,
-        "rewards_per_sequence_mean": 0.5,
+        "rewards_per_sequence_mean": 1.0 - 0.3 / 3 - 0.1 * 3.875 / 3,
         "entropy_per_token": 6.0 / tokens,
         "response_length_mean": 2.0,
         "eos_share": 2 / 3,
         "kl_rollout_policy_per_token_k3": (k3(0.25) + k3(-0.5)) / tokens,
         "logprob_mismatch_max": 0.5,
         "policy_loss": -0.25,
+        "leash_loss": 0.0625,
         "value_loss": 0.5,
         "clip_share": 0.125,
         "value_clip_share": 0.25,
@@ -159,7 +161,7 @@ def test_without_a_judge_its_figures_are_missing():
 
 
 def test_one_sequence_has_a_mean_and_no_interval():
-    one = Scored(**{name: column[:1] for name, column in vars(SCORED).items()})
+    one = Scored(**{name: column[:1] for name, column in vars(SCORED).items() if column is not None})
     columns = sequence_figures(rollout(1), one, SCORES[:1], None)
     found = record(SequenceFigures(eval_scores=None, **columns))
     assert found["kl_policy_ref_per_sequence"] == 0.75

@@ -16,6 +16,7 @@ from kleash.models import (
     eos_token_ids,
     fingerprint,
     first_vocabulary_difference,
+    forward_arguments,
     frozen,
     frozen_copy,
     load_causal_model,
@@ -23,7 +24,9 @@ from kleash.models import (
     require_same_vocabulary,
     require_special_tokens,
     response_logits,
+    tokenizer_beside,
     trainable_parameters,
+    unwrapped,
     value_model_from_policy,
     value_model_from_reward,
 )
@@ -153,28 +156,77 @@ def test_the_fingerprint_sees_which_name_holds_which_value_and_its_shape():
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Reference checkpoints with the policy's tokenizer, another one, none, and another vocabulary."""
+    """Reference checkpoints with the policy's tokenizer, another one, none, and padded or cut vocabularies."""
     directory = tmp_path_factory.mktemp("references")
-    for name, vocab in {"same": 12, "other": 12, "longer": 12, "alone": 12, "wider": 13}.items():
+    swapped, longer = [*WORDS[:6], "dog", "cat", *WORDS[8:]], [*WORDS, "bird"]
+    for name, (vocab, words) in {
+        "same": (12, WORDS),
+        "alone": (12, None),
+        "other": (12, swapped),
+        "longer": (12, longer),
+        "padded": (16, WORDS),
+        "padded_alone": (16, None),
+        "padded_other": (16, swapped),
+        "padded_longer": (16, longer),
+        "cut": (11, WORDS),
+    }.items():
         tiny_policy(vocab=vocab).save_pretrained(directory / name)
-    for name, words in {
-        "same": WORDS, "other": [*WORDS[:6], "dog", "cat", *WORDS[8:]], "longer": [*WORDS, "bird"], "wider": WORDS
-    }.items():  # fmt: skip
-        tiny_tokenizer(words=words).save_pretrained(directory / name)
+        if words is not None:
+            tiny_tokenizer(words=words).save_pretrained(directory / name)
     return directory
 
 
-@pytest.mark.parametrize("name", ["same", "alone"])
-def test_a_reference_of_the_same_tokens_is_accepted(references, name):
+@pytest.mark.parametrize(("name", "width"), [("same", 12), ("alone", 12), ("padded", 16), ("padded_alone", 16)])
+def test_a_reference_of_the_same_tokens_is_accepted(references, name, width):
     reference = load_causal_model(references / name, "reference")
-    require_same_vocabulary(tiny_tokenizer(), references / name, reference, 12)
-    assert first_vocabulary_difference(tiny_tokenizer(), references / name) is None
+    require_same_vocabulary(tiny_tokenizer(), references / name, reference, width)
+
+
+@pytest.mark.parametrize(("name", "width"), [("padded", 12), ("padded", 13), ("padded", 64), ("same", 16)])
+def test_either_vocabulary_may_be_padded_where_a_tokenizer_shows_it(references, name, width):
+    reference = load_causal_model(references / name, "reference")
+    require_same_vocabulary(tiny_tokenizer(), references / name, reference, width)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "message"),
+    [
+        ("cut", 12, "each of the 12 tokens, found 12 in the policy and 11 at .*cut; choose the model that the policy"),
+        ("padded", 11, "each of the 12 tokens, found 11 in the policy and 16 at .*padded; choose the model"),
+        ("padded_alone", 12, "vocabulary of 12, found 16 at .*padded_alone and no tokenizer beside it .*; save the"),
+        ("padded_other", 12, "found token 6 is 'dog' there and 'cat' in the policy"),
+        ("padded_longer", 12, "found token 12 is 'bird' there and None in the policy"),
+    ],
+)
+def test_another_number_of_logits_that_is_not_mere_padding_is_refused(references, name, width, message):
+    reference = load_causal_model(references / name, "reference")
+    with pytest.raises(ModelError, match=message):
+        require_same_vocabulary(tiny_tokenizer(), references / name, reference, width)
+
+
+def test_the_tokens_count_by_their_largest_id_and_not_by_their_number(references):
+    """A vocabulary with gaps: one word of twelve, but with the id 14."""
+    gapped = tiny_tokenizer()
+    vocabulary = {**gapped.get_vocab(), ".": 14}
+    gapped.get_vocab = lambda: vocabulary
+    reference = load_causal_model(references / "padded", "reference")
+    with pytest.raises(ModelError, match="each of the 15 tokens, found 13 in the policy and 16"):
+        require_same_vocabulary(gapped, references / "padded", reference, 13)
+
+
+def test_the_tokenizer_beside_a_model_is_found_and_an_empty_one_is_none(references, tmp_path, monkeypatch):
+    assert tokenizer_beside(references / "same").get_vocab() == tiny_tokenizer().get_vocab()
+    for architecture in ARCHITECTURES:
+        tiny_policy(architecture=architecture).save_pretrained(tmp_path / architecture)
+        assert tokenizer_beside(tmp_path / architecture) is None
+    monkeypatch.chdir(references / "same")
+    assert tokenizer_beside("") is None  # a model built in memory comes from nowhere, not from here
+    assert first_vocabulary_difference(tiny_tokenizer(), tiny_tokenizer()) is None
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("wider", "the policy's vocabulary of 12, found 13 at .*wider; choose the model that the policy started from"),
         ("other", "found token 6 is 'dog' there and 'cat' in the policy"),
         ("longer", "found token 12 is 'bird' there and None in the policy"),
     ],
@@ -256,6 +308,31 @@ def test_a_frozen_copy_gives_the_very_bits_of_its_policy(architecture, time):
 def test_the_arguments_of_a_forward_pass_are_those_that_it_names():
     assert accepts(tiny_policy(), "logits_to_keep")
     assert not accepts(NoLogitsToKeep(tiny_policy()), "logits_to_keep")
+    assert accepts(tiny_policy(), "logits_to_keep")  # asked again after another class was
+
+
+def test_a_cached_step_has_the_positions_of_its_own_tokens_alone():
+    mask = torch.tensor([[False, False, True, True, True], [True, True, True, True, True]])
+    model, ids = tiny_policy(), torch.arange(10).view(2, 5)
+    whole = forward_arguments(model, ids, mask)
+    assert whole["input_ids"] is ids
+    assert whole["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert whole["position_ids"].tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+    step = forward_arguments(model, ids[:, -1:], mask)
+    assert step["input_ids"].tolist() == [[4], [9]]
+    assert step["attention_mask"].tolist() == whole["attention_mask"].tolist()
+    assert step["position_ids"].tolist() == [[2], [4]]
+    assert "position_ids" not in forward_arguments(NoLogitsToKeep(model), ids, mask)
+
+
+def test_only_a_data_parallel_wrapper_is_taken_off():
+    model = nn.Sequential()
+    model.module = nn.Linear(1, 1)
+    assert unwrapped(model) is model
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.module = model
+    assert unwrapped(wrapper) is model
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

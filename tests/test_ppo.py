@@ -18,8 +18,9 @@ from kleash.advantages import generalized_advantages
 from kleash.batch import Rollout
 from kleash.errors import NonFiniteError
 from kleash.estimators import kl_policy_ref_per_token_k1
+from kleash.language_model import Models, language_models
 from kleash.masking import one_process
-from kleash.models import Models, fingerprint, frozen, response_logits, trainable_parameters, value_model_from_policy
+from kleash.models import fingerprint, frozen, response_logits, trainable_parameters, value_model_from_policy
 from kleash.ppo import PPOConfig, Targets, UpdateStats, minibatches_of, ppo_update, whitened_advantages
 from kleash.rewards import adjusted_rewards
 from kleash.scoring import Scored, score_rollout
@@ -152,7 +153,8 @@ def test_a_step_follows_the_true_gradient_of_score_less_beta_kl(architecture):
     scores = torch.randn(len(world.responses), dtype=torch.float64, generator=generator())
     shape = {"architecture": architecture, "vocab": 4, **LIVELY}
     policy, reference = tiny_policy(0, **shape).double(), frozen(tiny_policy(1, **shape).double())
-    models = Models(policy=policy, value=value_model_from_policy(policy), reference=reference)
+    scored_policy, scored_reference = language_models(policy, reference, vocab=4)
+    models = Models(policy=scored_policy, value=value_model_from_policy(policy), reference=scored_reference)
     rollout, mask = enumerated(world, prompts), world.response_mask
     rows = torch.arange(len(mask))
 
@@ -364,7 +366,7 @@ def test_nan_parameters_stop_the_update():
     scored = score_rollout(models, rollout, [torch.arange(8)], temperature=1.0)
     with torch.no_grad():
         next(models.value.parameters())[:] = math.nan
-    with pytest.raises(NonFiniteError, match=r"finite loss, found nan \(policy [-0-9.e]+, value nan\)"):
+    with pytest.raises(NonFiniteError, match=r"found nan \(policy_loss [-0-9.e]+, leash_loss 0, value_loss nan\)"):
         updated(models, rollout, random_targets(scored, rollout.response_mask), PPOConfig())
 
 

@@ -11,10 +11,10 @@ import kleash
 NAMES = """
 CheckpointConfig CheckpointError ConfigError FixedLeash InputError Interval KleashError Leash LeashConfig ModelError
 NonFiniteError PPOConfig PromptError RewardError RolloutConfig RunConfig RunDirectoryError RunResult RunStopped
-ShapeError ValueRangeError ZieglerLeash __version__ adjusted_rewards clipped_policy_loss_per_token
+ShapeError TokenStats ValueRangeError ZieglerLeash __version__ adjusted_rewards clipped_policy_loss_per_token
 clipped_value_loss_per_token entropy full_log_probs generalized_advantages js_divergence kl_divergence
 kl_policy_ref_per_token kl_policy_ref_per_token_k1 kl_policy_ref_per_token_k2 kl_policy_ref_per_token_k3 masked_mean
-mean_with_interval missing_eos_penalised per_sequence read_config token_logprobs train whiten write_report
+mean_with_interval missing_eos_penalised per_sequence read_config token_logprobs token_stats train whiten write_report
 """
 
 

@@ -7,14 +7,15 @@ import torch
 from tiny import LIVELY, tiny_models, tiny_policy, tiny_rollout
 from torch import nn
 
-import kleash.scoring
+import kleash.language_model
 from kleash.batch import Rollout
 from kleash.errors import NonFiniteError
-from kleash.models import Models, frozen, load_causal_model
+from kleash.language_model import Models
+from kleash.models import frozen, load_causal_model
 from kleash.scoring import Scored, require_finite_per_token, score_rollout
 
 ARCHITECTURES = ["gpt2", "llama"]
-FIGURES = ["policy_logprobs", "ref_logprobs", "values", "kl_policy_ref_per_token", "policy_entropy_per_token"]
+FIGURES = ["policy_logprobs", "ref_logprobs", "values", "kl_policy_ref_per_token", "policy_entropy"]
 ALL = [torch.arange(8)]
 
 
@@ -31,7 +32,7 @@ def scored_plainly(models: Models, rollout: Rollout, row: int, *, temperature: f
     written = rollout.responses[row][rollout.response_mask[row]]
     at = slice(len(text) - len(written) - 1, len(text) - 1)
     log_pi, log_rho = (
-        (model(input_ids=text.unsqueeze(0), use_cache=False).logits[0, at].double() / temperature).log_softmax(-1)
+        (model.model(input_ids=text.unsqueeze(0), use_cache=False).logits[0, at].double() / temperature).log_softmax(-1)
         for model in (models.policy, models.reference)
     )
     hidden = models.value.trunk(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0, at]
@@ -41,7 +42,7 @@ def scored_plainly(models: Models, rollout: Rollout, row: int, *, temperature: f
         "ref_logprobs": log_rho[chosen],
         "values": (hidden @ models.value.head.weight[0]).double(),
         "kl_policy_ref_per_token": (log_pi.exp() * (log_pi - log_rho)).sum(-1),
-        "policy_entropy_per_token": -(log_pi.exp() * log_pi).sum(-1),
+        "policy_entropy": -(log_pi.exp() * log_pi).sum(-1),
     }
 
 
@@ -50,7 +51,7 @@ def scored_plainly(models: Models, rollout: Rollout, row: int, *, temperature: f
 def test_every_figure_is_that_of_the_response_alone(architecture, temperature):
     """Batched with left padding against alone without: padding moves nothing beyond float error."""
     models = two_models(architecture)
-    rollout = tiny_rollout(models.policy, seed=3, temperature=temperature, eos=(1, 4))
+    rollout = tiny_rollout(models.policy.model, seed=3, temperature=temperature, eos=(1, 4))
     assert len(set(rollout.response_mask.sum(1).tolist())) > 2
     assert len(set(rollout.attention_mask.long().argmax(1).tolist())) > 2
     scored = score_rollout(models, rollout, ALL, temperature=temperature)
@@ -74,7 +75,7 @@ def test_at_step_0_the_kl_is_exactly_0(architecture, rows, seed):
     scored = score_rollout(tiny_models(policy), rollout, micro_batches, temperature=0.9)
     assert (scored.kl_policy_ref_per_token == 0).all()
     assert torch.equal(scored.policy_logprobs, scored.ref_logprobs)
-    assert (scored.policy_entropy_per_token[rollout.response_mask] > 0).all()
+    assert (scored.policy_entropy[rollout.response_mask] > 0).all()
 
 
 def test_at_step_0_the_kl_to_a_reference_loaded_from_disk_is_exactly_0(tmp_path):
@@ -86,7 +87,7 @@ def test_at_step_0_the_kl_to_a_reference_loaded_from_disk_is_exactly_0(tmp_path)
 
 def test_micro_batches_change_no_figure():
     models = two_models()
-    rollout = tiny_rollout(models.policy, eos=(1, 4))
+    rollout = tiny_rollout(models.policy.model, eos=(1, 4))
     whole = score_rollout(models, rollout, ALL, temperature=1.0)
     parts = score_rollout(
         models, rollout, [torch.tensor([6, 2, 0]), torch.tensor([1]), torch.tensor([7, 3, 4, 5])], temperature=1.0
@@ -97,9 +98,9 @@ def test_micro_batches_change_no_figure():
 
 def test_long_micro_batches_are_scored_a_few_positions_at_a_time(monkeypatch):
     models = two_models()
-    rollout = tiny_rollout(models.policy, eos=(1, 4))
+    rollout = tiny_rollout(models.policy.model, eos=(1, 4))
     whole = score_rollout(models, rollout, ALL, temperature=1.0)
-    monkeypatch.setattr(kleash.scoring, "SCORING_ROWS", 3)
+    monkeypatch.setattr(kleash.language_model, "PLAIN_ROWS", 3)
     few = score_rollout(models, rollout, ALL, temperature=1.0)
     for name in FIGURES:
         torch.testing.assert_close(getattr(whole, name), getattr(few, name), atol=1e-6, rtol=0)
@@ -108,7 +109,7 @@ def test_long_micro_batches_are_scored_a_few_positions_at_a_time(monkeypatch):
 def test_the_exact_kl_of_a_drifted_policy_is_positive_and_averages_to_its_estimate():
     """On responses of the policy itself, the mean of k1 and that of the exact sum estimate the same number."""
     models = two_models()
-    rollouts = [tiny_rollout(models.policy, seed=seed, max_new_tokens=4) for seed in range(40)]
+    rollouts = [tiny_rollout(models.policy.model, seed=seed, max_new_tokens=4) for seed in range(40)]
     scored = [score_rollout(models, rollout, ALL, temperature=1.0) for rollout in rollouts]
     exact = torch.cat([s.kl_policy_ref_per_token.sum(1) for s in scored])
     k1 = torch.cat([(s.policy_logprobs - s.ref_logprobs).sum(1) for s in scored])
@@ -120,7 +121,7 @@ def test_the_exact_kl_of_a_drifted_policy_is_positive_and_averages_to_its_estima
 
 def test_scoring_leaves_no_gradient_behind():
     models = two_models()
-    scored = score_rollout(models, tiny_rollout(models.policy), ALL, temperature=1.0)
+    scored = score_rollout(models, tiny_rollout(models.policy.model), ALL, temperature=1.0)
     assert isinstance(scored, Scored)
     for name in FIGURES:
         assert not getattr(scored, name).requires_grad
@@ -138,7 +139,7 @@ def test_the_first_value_that_is_not_finite_is_named_with_its_place():
 @pytest.mark.parametrize("broken", ["policy", "reference", "value"])
 def test_a_model_with_nan_weights_stops_the_run_by_name(broken):
     models = two_models()
-    rollout = tiny_rollout(models.policy)
+    rollout = tiny_rollout(models.policy.model)
     part: nn.Module = getattr(models, broken)
     with torch.no_grad():
         next(part.parameters())[:] = math.nan

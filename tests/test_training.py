@@ -104,7 +104,7 @@ def test_at_the_first_update_the_kl_is_exactly_0_and_the_ratio_exactly_1(run: Pa
 
 def test_beta_reaches_the_rewards(run: Path) -> None:
     for record in rows_of(run):
-        expected = record["score_mean"] - 0.1 * record["kl_policy_ref_per_sequence_k1"]
+        expected = record["score_mean"] - 0.1 * record["kl_policy_ref_per_sequence"]
         assert record["rewards_per_sequence_mean"] == pytest.approx(expected, abs=1e-6)
         assert record["beta"] == 0.1
 

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from kleash.batch import Prompts, Rollout
-from kleash.models import Models, frozen_copy, value_model_from_policy
+from kleash.language_model import Models, language_models
+from kleash.models import frozen_copy, value_model_from_policy
 from kleash.prompts import tokenized_prompts
 from kleash.rollout import RolloutConfig, rollout_of
 
@@ -103,7 +104,9 @@ def tiny_models(policy: torch.nn.Module, *, reference: torch.nn.Module | None = 
     """The policy with a value model whose head is not 0, and a frozen copy of it as the reference."""
     value = value_model_from_policy(policy)
     torch.nn.init.normal_(value.head.weight, std=0.3, generator=torch.Generator().manual_seed(5))
-    return Models(policy=policy, value=value, reference=reference or frozen_copy(policy))
+    vocab = policy.config.vocab_size
+    policy, reference = language_models(policy, reference or frozen_copy(policy), vocab=vocab)
+    return Models(policy=policy, value=value, reference=reference)
 
 
 def save_tiny_world(directory: Path, **policy: object) -> dict[str, str]:

@@ -46,6 +46,10 @@ _NAMES_OF = {
         "mean_with_interval",
         "per_sequence",
     ),
+    "fused.stats": (
+        "TokenStats",
+        "token_stats",
+    ),
     "leash": (
         "FixedLeash",
         "Leash",

@@ -29,6 +29,7 @@ from kleash.estimators import (
     mean_with_interval,
     per_sequence,
 )
+from kleash.fused.stats import TokenStats, token_stats
 from kleash.leash import FixedLeash, Leash, ZieglerLeash
 from kleash.logprobs import full_log_probs, token_logprobs
 from kleash.losses import clipped_policy_loss_per_token, clipped_value_loss_per_token
@@ -62,6 +63,7 @@ __all__ = [
     "RunResult",
     "RunStopped",
     "ShapeError",
+    "TokenStats",
     "ValueRangeError",
     "ZieglerLeash",
     "__version__",
@@ -83,6 +85,7 @@ __all__ = [
     "per_sequence",
     "read_config",
     "token_logprobs",
+    "token_stats",
     "train",
     "whiten",
     "write_report",

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from tyro.constructors import PrimitiveConstructorSpec
 
 from kleash.errors import ConfigError
+from kleash.kl_form import FORMS, NO_LEASH, KLName
 from kleash.leash import FixedLeash, Leash, ZieglerLeash
 from kleash.ppo import PPOConfig
 from kleash.rollout import RolloutConfig
@@ -100,8 +101,11 @@ class RunConfig(BaseModel):
     """The held-out judge, in the same forms: scores every rollout and trains nothing."""
     pad_token: Name | None = None
     """Token to pad with, for a tokenizer that has none; padding is masked, so EOS will do."""
-    kl: Literal["k1"] = "k1"
-    """How the KL enters training: k1 in the reward, the InstructGPT form. The exact KL is measured beside it."""
+    kl: KLName = "exact"
+    """How the KL enters training: exact = the whole vocabulary's, own step in the loss and later ones in the reward;
+    k1 = the one-token estimate in the reward, the InstructGPT form. Other forms are biased. All are measured."""
+    allow_biased: bool = False
+    """Also take a form of the KL whose gradient is not that of score - beta * KL."""
     leash: LeashConfig = LeashConfig()
     """What holds the policy near its reference."""
     rollout: RolloutConfig = RolloutConfig()
@@ -121,6 +125,13 @@ class RunConfig(BaseModel):
     trackers: tuple[str, ...] = ()
     """Experiment trackers that accelerate knows, for example tensorboard or wandb."""
 
+    @field_validator("kl", mode="before")
+    @classmethod
+    def _a_leash_that_pulls(cls, value: object) -> object:
+        if isinstance(value, str) and value in NO_LEASH:
+            raise ValueError(f"kl {value} is no leash, since {NO_LEASH[value]}; take exact or k1")
+        return value
+
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _no_is_a_word(cls, value: object) -> object:
@@ -130,6 +141,13 @@ class RunConfig(BaseModel):
     @classmethod
     def _one_tracker_is_a_list_of_one(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _an_unbiased_gradient(self) -> Self:
+        bias = FORMS[self.kl].bias
+        if bias and not self.allow_biased:
+            raise ValueError(f"kl {self.kl} is biased, since {bias}; take exact or k1, or say allow_biased: true")
+        return self
 
     @model_validator(mode="after")
     def _prompts_divide_into_minibatches(self) -> Self:

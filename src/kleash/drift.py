@@ -16,6 +16,7 @@ from kleash.estimators import (
 )
 from kleash.masking import Reduce, masked, masked_moments, one_process
 from kleash.ppo import UpdateStats
+from kleash.rewards import missing_eos_penalised
 from kleash.scoring import Scored
 
 Record = dict[str, float | int | None]
@@ -75,7 +76,7 @@ GLOSSARY: dict[str, Metric] = {
     ),
     "beta": Metric(meaning="KL coefficient of this update", unit="score per nat", healthy="-"),
     "rewards_per_sequence_mean": Metric(
-        meaning="score - beta * KL(policy || reference) per sequence, as trained on, mean",
+        meaning="score - beta * exact KL(policy || reference) per sequence, less the penalty for a missing EOS, mean",
         unit="score",
         healthy="rises",
     ),
@@ -99,6 +100,11 @@ GLOSSARY: dict[str, Metric] = {
         healthy="below 1e-3 in float32",
     ),
     "policy_loss": Metric(meaning="max(-A r, -A clip(r)), mean over tokens and steps", unit="-", healthy="near 0"),
+    "leash_loss": Metric(
+        meaning="KL in the loss: beta / advantage_std * KL(policy || reference), mean over tokens and steps",
+        unit="-",
+        healthy="0 with k1; small beside 1",
+    ),
     "value_loss": Metric(
         meaning="Clipped squared error of the value / 2, mean over tokens and steps", unit="score^2", healthy="falls"
     ),
@@ -168,7 +174,7 @@ def sequence_figures(rollout: Rollout, scored: Scored, scores: Tensor, eval_scor
         "kl_policy_ref": per_sequence(scored.kl_policy_ref_per_token, mask),
         "kl_policy_ref_k1": per_sequence(k1, mask),
         "kl_policy_ref_k3": per_sequence(k3, mask),
-        "entropy": per_sequence(scored.policy_entropy_per_token, mask),
+        "entropy": per_sequence(scored.policy_entropy, mask),
         "length": mask.sum(-1),
         "finished": rollout.finished,
         "kl_rollout_policy_k3": per_sequence(mismatch, mask),
@@ -196,7 +202,7 @@ def record_of(
     figures: SequenceFigures,
     stats: UpdateStats,
     *,
-    rewards_per_sequence_mean: float,
+    missing_eos_penalty: float,
     beta: float,
     learning_rate: float,
     advantage_std: float,
@@ -204,6 +210,7 @@ def record_of(
 ) -> Record:
     """The line that records.jsonl gets for an update: every key of GLOSSARY, None where a figure is not finite."""
     tokens = float(figures.length.sum())
+    penalised = missing_eos_penalised(figures.scores, figures.finished.bool(), penalty=missing_eos_penalty)
     score, eval_score = mean_with_interval(figures.scores), _interval(figures.eval_scores)
     kl, k1 = figures.kl_interval, mean_with_interval(figures.kl_policy_ref_k1)
     record: Record = {
@@ -224,13 +231,14 @@ def record_of(
         "kl_policy_ref_per_sequence_k3": float(figures.kl_policy_ref_k3.mean()),
         "kl_policy_ref_per_token": float(figures.kl_policy_ref.sum()) / tokens,
         "beta": beta,
-        "rewards_per_sequence_mean": rewards_per_sequence_mean,
+        "rewards_per_sequence_mean": float((penalised - beta * figures.kl_policy_ref).mean()),
         "entropy_per_token": float(figures.entropy.sum()) / tokens,
         "response_length_mean": float(figures.length.mean()),
         "eos_share": float(figures.finished.mean()),
         "kl_rollout_policy_per_token_k3": float(figures.kl_rollout_policy_k3.sum()) / tokens,
         "logprob_mismatch_max": float(figures.logprob_mismatch.max()),
         "policy_loss": stats.policy_loss,
+        "leash_loss": stats.leash_loss,
         "value_loss": stats.value_loss,
         "clip_share": stats.clip_share,
         "value_clip_share": stats.value_clip_share,

@@ -4,15 +4,15 @@ Dropout is off in all of them, always: a policy in training is the distribution 
 """
 
 import copy
+import functools
 import hashlib
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.errors import ModelError, first_line
 from kleash.masking import position_ids
@@ -54,6 +54,15 @@ def why_not(source: str | Path, error: Exception) -> str:
         return "a directory without config.json; give one that save_pretrained wrote."
     cause = first_line(error).rstrip(".")
     return f"none that loads ({cause}); check the name, or give a directory that save_pretrained wrote."
+
+
+def tokenizer_beside(source: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved beside a model; None if there is none, as for a model built in memory (an empty source)."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError):
+        return None
+    return tokenizer if has_words(tokenizer) else None
 
 
 def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -122,22 +131,33 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def forward_arguments(model: nn.Module, sequences: Tensor, attention_mask: Tensor) -> dict[str, Tensor | bool]:
-    """The arguments every forward pass shares; position_ids only for a model that takes them."""
+    """The arguments every forward pass shares; position_ids only for a model that takes them.
+
+    Args:
+      model: what will be called with them.
+      sequences: [batch, fresh] token ids, without those that a cache holds.
+      attention_mask: [batch, time] bool, over those in the cache and the fresh ones at the end.
+    """
     arguments: dict[str, Tensor | bool] = {"input_ids": sequences, "attention_mask": attention_mask.long()}
     if accepts(model, "position_ids"):
-        arguments["position_ids"] = position_ids(attention_mask)
+        arguments["position_ids"] = position_ids(attention_mask)[:, -sequences.shape[1] :]
     return arguments
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
     """Whether the model's own forward names this argument."""
-    return argument in inspect.signature(type(unwrapped(model)).forward).parameters
+    return argument in _parameter_names(type(unwrapped(model)).forward)
+
+
+@functools.cache
+def _parameter_names(function: Callable[..., object]) -> frozenset[str]:
+    """The parameters of a function; cached, as sampling asks once per token."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside a data-parallel wrapper, or the model itself."""
-    inner = getattr(model, "module", None)
-    return inner if isinstance(model, nn.parallel.DistributedDataParallel) and inner is not None else model
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def response_logits(model: nn.Module, sequences: Tensor, attention_mask: Tensor, response_time: int) -> Tensor:
@@ -185,15 +205,6 @@ class ValueModel(nn.Module):
         return values if values.dtype == torch.float64 else values.float()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Models:
-    """The three models of an update; policy and value may be wrapped for several processes."""
-
-    policy: nn.Module
-    value: nn.Module
-    reference: nn.Module
-
-
 def value_model_from_policy(policy: PreTrainedModel) -> ValueModel:
     """A value model on a copy of the policy's trunk, with a head of zeros: every value starts at 0."""
     output: nn.Module | None = policy.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -224,19 +235,29 @@ def require_same_vocabulary(
 ) -> None:
     """Raise ModelError unless the reference gives every token id the meaning that the policy gives it.
 
+    One of the two may have more logits, as a vocabulary padded to a rounder size has: then both must cover the
+    tokens, and the reference must prove by a tokenizer beside it that they are the same.
+
     Args:
       policy_tokenizer: tokenizer of the policy.
       reference_source: where the reference came from; its tokenizer is read there if it has one.
       reference: the loaded reference model.
       width: number of logits of the policy.
     """
+    theirs = tokenizer_beside(reference_source)
     found = reference.config.get_text_config().vocab_size
-    if found != width:
+    known = max(policy_tokenizer.get_vocab().values()) + 1
+    if found != width and min(found, width) < known:
         raise ModelError(
-            f"Expected a reference with the policy's vocabulary of {width}, found {found} at {reference_source}; "
-            "choose the model that the policy started from."
+            f"Expected policy and reference to have a logit for each of the {known} tokens, found {width} in the "
+            f"policy and {found} at {reference_source}; choose the model that the policy started from."
         )
-    difference = first_vocabulary_difference(policy_tokenizer, reference_source)
+    if found != width and theirs is None:
+        raise ModelError(
+            f"Expected a reference with the policy's vocabulary of {width}, found {found} at {reference_source} and no "
+            "tokenizer beside it that shows the rest to be padding; save the policy's tokenizer there."
+        )
+    difference = None if theirs is None else first_vocabulary_difference(policy_tokenizer, theirs)
     if difference is not None:
         raise ModelError(
             f"Expected the reference at {reference_source} to use the policy's tokenizer, found {difference}; "
@@ -244,18 +265,11 @@ def require_same_vocabulary(
         )
 
 
-def first_vocabulary_difference(tokenizer: PreTrainedTokenizerBase, source: str | Path) -> str | None:
-    """The first token id that the tokenizer at `source` reads differently, in words; None if there is none."""
-    try:
-        AutoConfig.from_pretrained(source)
-        other = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError):
-        return None
-    if not has_words(other):
-        return None
-    ours = {index: token for token, index in tokenizer.get_vocab().items()}
-    theirs = {index: token for token, index in other.get_vocab().items()}
-    for index in sorted(ours.keys() | theirs.keys()):
-        if ours.get(index) != theirs.get(index):
-            return f"token {index} is {theirs.get(index)!r} there and {ours.get(index)!r} in the policy"
+def first_vocabulary_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
+    """The first token id that the policy's tokenizer and another one read differently, in words; None if none."""
+    our_tokens = {index: token for token, index in ours.get_vocab().items()}
+    their_tokens = {index: token for token, index in theirs.get_vocab().items()}
+    for index in sorted(our_tokens.keys() | their_tokens.keys()):
+        if our_tokens.get(index) != their_tokens.get(index):
+            return f"token {index} is {their_tokens.get(index)!r} there and {our_tokens.get(index)!r} in the policy"
     return None

@@ -41,6 +41,11 @@ class Parts:
     prompts: Prompts
     eos_token_ids: list[int]
 
+    @property
+    def vocab(self) -> int:
+        """How many tokens both models know; what one of them has beyond is padding."""
+        return min(int(model.config.get_text_config().vocab_size) for model in (self.policy, self.reference))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
@@ -122,6 +127,7 @@ def require_working_scorers(parts: Parts, config: RunConfig, device: torch.devic
         config=config.rollout,
         eos_token_ids=parts.eos_token_ids,
         device=device,
+        vocab=parts.vocab,
     )
     for scorer in filter(None, (parts.scorer, parts.eval_scorer)):
         scorer(prompts, rollout)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from kleash.batch import MicroBatch, Rollout, micro_batch_of
 from kleash.errors import NonFiniteError
-from kleash.estimators import kl_policy_ref_per_token_k3
-from kleash.logprobs import token_logprobs
+from kleash.estimators import kl_policy_ref_per_token_k2, kl_policy_ref_per_token_k3
+from kleash.language_model import Models, PositionStats
 from kleash.losses import clipped_policy_loss_per_token, clipped_value_loss_per_token, policy_ratio
 from kleash.masking import Reduce, masked, whiten
-from kleash.models import Models, response_logits, trainable_parameters
+from kleash.models import trainable_parameters
 
+LOSSES = ("policy_loss", "leash_loss", "value_loss")
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -56,6 +57,8 @@ class PPOConfig(BaseModel):
     """Discount per token."""
     gae_lambda: float = Field(0.95, ge=0, le=1)
     """Decay of generalised advantage estimation."""
+    reduction: Literal["token_mean", "sequence_sum"] = "token_mean"
+    """Of losses over a minibatch: mean over response tokens, or sum over each response and mean over responses."""
     whiten_advantages: bool = True
     """Advantages get mean 0 and variance 1 over the response tokens of the update."""
     missing_eos_penalty: float = Field(0.0, ge=0, allow_inf_nan=False)
@@ -71,12 +74,20 @@ def minibatches_of(rows: int, config: PPOConfig, generator: torch.Generator) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What the steps of an update aim at, each [batch, time] without gradient: see kleash.losses."""
+    """What the steps of an update aim at; tensors are [batch, time] without gradient: see kleash.losses.
+
+    kl_weight stands before the KL in the loss: beta, divided by what the advantages were divided by. ref_states are
+    what the rollout's scoring kept of the reference, None where it kept nothing.
+    """
 
     old_logprobs: Tensor
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
+    kl_weight: float = 0.0
+    kl_in_loss: Literal["exact", "k2", "k3"] | None = None
+    ref_logprobs: Tensor | None = None
+    ref_states: Tensor | None = None
 
 
 def whitened_advantages(
@@ -95,6 +106,7 @@ class StepSums:
 
     tokens: Tensor
     policy_loss: Tensor
+    leash_loss: Tensor
     value_loss: Tensor
     clipped: Tensor
     value_clipped: Tensor
@@ -108,19 +120,19 @@ def micro_batch_sums(
 ) -> StepSums:
     """Losses of one forward pass with gradient, summed over its response tokens, and what to watch beside them."""
     mask = part.response_mask
-    inputs = (part.sequences, part.attention_mask, part.time)
-    logits = response_logits(models.policy, *inputs)
-    logprobs = token_logprobs(logits, part.responses, temperature=temperature)
+    stats, leash_loss = _stats_and_leash_loss(models, part, targets, temperature=temperature)
+    logprobs = stats.policy_logprobs
     old_logprobs, old_values = part.own(targets.old_logprobs), part.own(targets.old_values)
     advantages, returns = part.own(targets.advantages), part.own(targets.returns)
     ratio = policy_ratio(logprobs, old_logprobs, mask)
-    values = models.value(*inputs)
+    values = models.value(part.sequences, part.attention_mask, part.time)
     policy_loss = clipped_policy_loss_per_token(ratio, advantages, clip_range=config.clip_range)
     value_loss = clipped_value_loss_per_token(values, old_values, returns, clip_range=config.value_clip_range)
     moved, value_moved = (ratio.detach() - 1).abs(), (values.detach() - old_values).abs()
     return StepSums(
         tokens=mask.sum(),
         policy_loss=masked(policy_loss, mask).sum(),
+        leash_loss=leash_loss,
         value_loss=masked(value_loss, mask).sum(),
         clipped=((moved > config.clip_range) & mask).sum(),
         value_clipped=((value_moved > config.value_clip_range) & mask).sum(),
@@ -130,11 +142,34 @@ def micro_batch_sums(
     )
 
 
+def _stats_and_leash_loss(
+    models: Models, part: MicroBatch, targets: Targets, *, temperature: float
+) -> tuple[PositionStats, Tensor]:
+    """What the policy says now, and kl_weight * the sum of the KL in the loss, both with gradient."""
+    mask, form = part.response_mask, targets.kl_in_loss
+    if form != "exact" or targets.kl_weight == 0:
+        stats = models.policy(part, None, None, temperature=temperature)
+        if form is None or form == "exact" or targets.kl_weight == 0:
+            return stats, torch.zeros_like(stats.policy_logprobs[0, 0])
+        estimate = {"k2": kl_policy_ref_per_token_k2, "k3": kl_policy_ref_per_token_k3}[form]
+        assert targets.ref_logprobs is not None
+        kl = estimate(stats.policy_logprobs, part.own(targets.ref_logprobs), mask)
+        return stats, targets.kl_weight * kl.sum()
+    if targets.ref_states is None:
+        with torch.no_grad():
+            ref_states = models.reference.states(part)
+    else:
+        ref_states = part.own(targets.ref_states)[mask]
+    stats = models.policy(part, models.reference, ref_states, temperature=temperature)
+    return stats, targets.kl_weight * stats.kl_policy_ref_per_token.sum()
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpdateStats:
     """Means over all optimizer steps of an update; losses per token, KL in nats per token, norms before clipping."""
 
     policy_loss: float
+    leash_loss: float
     value_loss: float
     clip_share: float
     value_clip_share: float
@@ -158,8 +193,9 @@ def ppo_update(
 ) -> UpdateStats:
     """Take every optimizer step of an update.
 
-    The loss of a step is the mean over the response tokens of its minibatch, over all processes and
-    micro-batches together, so neither the size of a micro-batch nor the number of processes changes it.
+    The loss of a step is the mean over the response tokens of its minibatch (or, by config.reduction, the sum over
+    each response and the mean over responses), over all processes and micro-batches together, so neither the size
+    of a micro-batch nor the number of processes changes it. Policy loss, KL in the loss and value loss share it.
 
     Raises:
       NonFiniteError: a loss or the gradient norm is NaN or infinite; the step that showed it is not taken.
@@ -174,17 +210,18 @@ def ppo_update(
     ]  # fmt: skip
     table = torch.stack(steps)
     tokens = table[:, 0].sum()
-    policy_loss, value_loss, clipped, value_clipped, ratio, kl = (table[:, 1:7].sum(0) / tokens).tolist()
+    policy_loss, leash_loss, value_loss, clipped, value_clipped, ratio, kl = (table[:, 1:8].sum(0) / tokens).tolist()
     return UpdateStats(
         policy_loss=policy_loss,
+        leash_loss=leash_loss,
         value_loss=value_loss,
         clip_share=clipped,
         value_clip_share=value_clipped,
         ratio_mean=ratio,
-        ratio_max=float(table[:, 7].max()),
-        ratio_max_first_step=float(table[0, 7]),
+        ratio_max=float(table[:, 8].max()),
+        ratio_max_first_step=float(table[0, 8]),
         kl_old_policy_per_token_k3=kl,
-        gradient_norm=float(table[:, 8].mean()),
+        gradient_norm=float(table[:, 9].mean()),
     )
 
 
@@ -201,19 +238,19 @@ def _optimizer_step(
 ) -> Tensor:
     """One step; returns the float64 row that ppo_update adds up."""
     parts = [micro_batch_of(rollout, rows) for rows in micro_batches]
-    own_tokens = torch.stack([part.response_mask.sum() for part in parts]).sum()
-    tokens = accelerator.reduce(own_tokens, "sum")
+    divisor = accelerator.reduce(_own_divisor(parts, config), "sum")
     optimizer.zero_grad()
     sums = []
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         with nullcontext() if last else _gradients_stay(accelerator, models):
             result = micro_batch_sums(models, part, targets, config, temperature=temperature)
-            loss = (result.policy_loss + config.value_coefficient * result.value_loss) / tokens
+            loss = (result.policy_loss + result.leash_loss + config.value_coefficient * result.value_loss) / divisor
             if not bool(loss.isfinite()):
+                parts_of_it = ", ".join(f"{name} {getattr(result, name).item():g}" for name in LOSSES)
                 raise NonFiniteError(
-                    f"Expected a finite loss, found {loss.item()} (policy {result.policy_loss.item():g}, value "
-                    f"{result.value_loss.item():g}); lower the learning rate, or resume from the last checkpoint."
+                    f"Expected a finite loss, found {loss.item()} ({parts_of_it}); lower the learning rate, "
+                    "or resume from the last checkpoint."
                 )
             accelerator.backward(loss * accelerator.num_processes)
         sums.append(result)
@@ -228,8 +265,27 @@ def _optimizer_step(
     return _reduced_row(sums, torch.as_tensor(norm), accelerator)
 
 
+def _own_divisor(parts: list[MicroBatch], config: PPOConfig) -> Tensor:
+    """What this process adds to the number that a step's sums are divided by."""
+    masks = [part.response_mask for part in parts]
+    counts = [
+        mask.sum() if config.reduction == "token_mean" else mask.new_tensor(len(mask), dtype=torch.int64)
+        for mask in masks
+    ]
+    return torch.stack(counts).sum()
+
+
 def _reduced_row(sums: list[StepSums], norm: Tensor, accelerator: Accelerator) -> Tensor:
-    names = ("tokens", "policy_loss", "value_loss", "clipped", "value_clipped", "ratio", "kl_old_policy_k3")
+    names = (
+        "tokens",
+        "policy_loss",
+        "leash_loss",
+        "value_loss",
+        "clipped",
+        "value_clipped",
+        "ratio",
+        "kl_old_policy_k3",
+    )
     own = torch.stack([torch.stack([getattr(s, name).detach().double() for s in sums]).sum() for name in names])
     largest = torch.stack([s.ratio_max for s in sums]).max().double()
     total = accelerator.reduce(own, "sum")

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kleash.batch import Prompts, Rollout
 from kleash.errors import NonFiniteError
-from kleash.masking import position_ids
-from kleash.models import accepts
+from kleash.models import accepts, forward_arguments
 
 BLOCK = 256
 
@@ -109,6 +108,7 @@ def sample_responses(
     temperature: float,
     eos_token_ids: list[int],
     pad_token_id: int,
+    vocab: int | None = None,
 ) -> Responses:
     """Sample until every row has closed with EOS or all uniforms are used.
 
@@ -122,6 +122,7 @@ def sample_responses(
       temperature: above 0.
       eos_token_ids: every token that closes a response.
       pad_token_id: fills the responses after their end.
+      vocab: only the first so many tokens can be drawn; None = every one that the model has a logit for.
     """
     batch, limit = uniforms.shape
     device = prompt_ids.device
@@ -134,7 +135,8 @@ def sample_responses(
     ids, attention_mask, cache, fresh = prompt_ids, prompt_mask, None, prompt_ids
     for step in range(limit):
         output = model(**_step_arguments(model, fresh, attention_mask, cache))
-        drawn, drawn_logprobs = draw_tokens(output.logits[:, -1], uniforms[active.cpu(), step], temperature=temperature)
+        logits = output.logits[:, -1, :vocab]
+        drawn, drawn_logprobs = draw_tokens(logits, uniforms[active.cpu(), step], temperature=temperature)
         writing = open_rows[active]
         tokens[active, step] = torch.where(writing, drawn, pad_token_id)
         logprobs[active, step] = torch.where(writing, drawn_logprobs, 0.0)
@@ -157,9 +159,7 @@ def sample_responses(
 
 
 def _step_arguments(model: nn.Module, fresh: Tensor, attention_mask: Tensor, cache: object | None) -> dict[str, object]:
-    arguments: dict[str, object] = {"input_ids": fresh, "attention_mask": attention_mask.long(), "use_cache": True}
-    if accepts(model, "position_ids"):
-        arguments["position_ids"] = position_ids(attention_mask)[:, -fresh.shape[1] :]
+    arguments: dict[str, object] = {**forward_arguments(model, fresh, attention_mask), "use_cache": True}
     if accepts(model, "logits_to_keep"):
         arguments["logits_to_keep"] = 1
     if cache is not None:
@@ -176,6 +176,7 @@ def rollout_of(
     config: RolloutConfig,
     eos_token_ids: list[int],
     device: torch.device,
+    vocab: int | None = None,
 ) -> Rollout:
     """Sample one response per prompt, in batches of config.batch.
 
@@ -187,6 +188,7 @@ def rollout_of(
       config: temperature and batch size.
       eos_token_ids: every token that closes a response.
       device: where the model is.
+      vocab: only the first so many tokens can be drawn; None = every one that the model has a logit for.
     """
     pad_token_id = tokenizer.pad_token_id
     ids, prompt_mask = left_padded(prompts.tokens, pad_token_id, device)
@@ -200,6 +202,7 @@ def rollout_of(
             temperature=config.temperature,
             eos_token_ids=eos_token_ids,
             pad_token_id=pad_token_id,
+            vocab=vocab,
         )
         for start in range(0, len(prompts), size)
     ]

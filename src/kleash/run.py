@@ -23,8 +23,9 @@ from kleash.checkpoint import (
 )
 from kleash.config import RunConfig, config_as_yaml
 from kleash.errors import ConfigError, RunDirectoryError
+from kleash.language_model import Models, language_models
 from kleash.leash import Leash
-from kleash.models import Models, fingerprint, trainable_parameters
+from kleash.models import fingerprint, trainable_parameters
 from kleash.parts import Given, Parts, load_parts, require_working_scorers
 from kleash.prompts import prompts_fingerprint
 from kleash.run_directory import RunDirectory
@@ -146,13 +147,14 @@ def _assembled(config: RunConfig, directory: RunDirectory, accelerator: Accelera
     )
     shape = {"constant": "constant_with_warmup"}.get(ppo.learning_rate_schedule, ppo.learning_rate_schedule)
     scheduler = get_scheduler(shape, optimizer, num_warmup_steps=ppo.warmup_updates, num_training_steps=config.updates)
-    policy, value, prepared_optimizer = accelerator.prepare(parts.policy, parts.value, optimizer)
+    language_model, reference = language_models(parts.policy, parts.reference, vocab=parts.vocab)
+    policy, value, prepared_optimizer = accelerator.prepare(language_model, parts.value, optimizer)
     return Run(
         config=config,
         directory=directory,
         accelerator=accelerator,
         parts=parts,
-        models=Models(policy=policy, value=value, reference=parts.reference),
+        models=Models(policy=policy, value=value, reference=reference),
         optimizer=prepared_optimizer,
         scheduler=scheduler,
         leash=config.leash.build(),

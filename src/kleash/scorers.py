@@ -16,11 +16,11 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.batch import Prompts, PromptText, Rollout
 from kleash.errors import RewardError, first_line
-from kleash.models import forward_arguments, frozen, has_words, why_not
+from kleash.models import forward_arguments, frozen, tokenizer_beside, why_not
 from kleash.rewards import last_response_position
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -240,7 +240,7 @@ def model_scorer(model: PreTrainedModel, name: str, policy_tokenizer: PreTrained
       RewardError: the model has its own kind of head and no tokenizer beside it.
     """
     require_one_label(model, name)
-    tokenizer = _tokenizer_beside(model)
+    tokenizer = tokenizer_beside(model.config._name_or_path)
     has_linear_head = isinstance(getattr(model, "score", None), torch.nn.Linear)
     same_tokens = tokenizer is None or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
     if has_linear_head and same_tokens:
@@ -251,17 +251,6 @@ def model_scorer(model: PreTrainedModel, name: str, policy_tokenizer: PreTrained
         )
     model.config.pad_token_id = tokenizer.pad_token_id  # transformers looks for the last token by it
     return TextModelScorer(model=frozen(model), tokenizer=tokenizer, name=name)
-
-
-def _tokenizer_beside(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved where the model was loaded from; None for a model built in memory or saved alone."""
-    if not model.config._name_or_path:
-        return None
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    except (OSError, ValueError, KeyError):
-        return None
-    return tokenizer if has_words(tokenizer) else None
 
 
 def reward_models(scorer: Scorer) -> list[PreTrainedModel]:

@@ -9,14 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kleash.batch import MicroBatch, Rollout, micro_batch_of
-from kleash.divergence import entropy, kl_divergence
+from kleash.batch import Rollout, micro_batch_of
 from kleash.errors import NonFiniteError
-from kleash.logprobs import full_log_probs
+from kleash.language_model import Models
 from kleash.masking import masked
-from kleash.models import Models, response_logits
-
-SCORING_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,18 +20,27 @@ class Scored:
     """What the models say of a rollout, before the update; each [batch, time], 0 off the mask, no gradient.
 
     policy_logprobs, ref_logprobs, values, and from the full distributions kl_policy_ref_per_token (exact)
-    and policy_entropy_per_token. Nats, except values, which are in score units.
+    and policy_entropy. Nats, except values, which are in score units. ref_states [batch, time, hidden] are the
+    reference's last hidden states where they were asked for and its logits follow from them, else None.
     """
 
     policy_logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
     kl_policy_ref_per_token: Tensor
-    policy_entropy_per_token: Tensor
+    policy_entropy: Tensor
+    ref_states: Tensor | None = None
 
 
 @torch.no_grad()
-def score_rollout(models: Models, rollout: Rollout, micro_batches: list[Tensor], *, temperature: float) -> Scored:
+def score_rollout(
+    models: Models,
+    rollout: Rollout,
+    micro_batches: list[Tensor],
+    *,
+    temperature: float,
+    keep_ref_states: bool = False,
+) -> Scored:
     """Log-probs of both models, values, exact KL and entropy for every response token.
 
     Args:
@@ -43,45 +48,35 @@ def score_rollout(models: Models, rollout: Rollout, micro_batches: list[Tensor],
       rollout: what the policy sampled.
       micro_batches: rows of each forward pass, the first epoch's.
       temperature: the one that the rollout was sampled at.
+      keep_ref_states: whether the steps will need the reference again.
 
     Raises:
       NonFiniteError: a log-prob, value, entropy or exact KL is not finite; the KL is not where the reference
         forbids a token that the policy allows.
     """
-    empty = torch.zeros(rollout.response_mask.shape, device=rollout.sequences.device)
-    columns = {name: empty.clone() for name in Scored.__dataclass_fields__}
+    columns: dict[str, Tensor] = {}
     for rows in micro_batches:
         part = micro_batch_of(rollout, rows)
-        inputs = (part.sequences, part.attention_mask, part.time)
-        policy_logits, ref_logits = response_logits(models.policy, *inputs), response_logits(models.reference, *inputs)
-        stats = _position_stats(policy_logits, ref_logits, part, temperature=temperature)
-        stats["values"] = masked(models.value(*inputs).to(empty.dtype), part.response_mask)
-        for name, values in stats.items():
-            columns[name][part.rows, : part.time] = values
+        ref_states = models.reference.states(part)
+        stats = models.policy(part, models.reference, ref_states, temperature=temperature)
+        values = models.value(part.sequences, part.attention_mask, part.time)
+        found = {**vars(stats), "values": masked(values, part.response_mask)}
+        if keep_ref_states and models.reference.linear is not None:
+            found["ref_states"] = _unpacked_states(ref_states, part.response_mask)
+        for name, own in found.items():
+            column = columns.setdefault(name, own.new_zeros(rollout.response_mask.shape + own.shape[2:]))
+            column[part.rows, : part.time] = own
     for name, values in columns.items():
-        require_finite_per_token(name, values)
+        if name != "ref_states":
+            require_finite_per_token(name, values)
     return Scored(**columns)
 
 
-def _position_stats(
-    policy_logits: Tensor, ref_logits: Tensor, part: MicroBatch, *, temperature: float
-) -> dict[str, Tensor]:
-    """The figures of a micro-batch that need the whole vocabulary, a limited number of positions at a time."""
-    mask = part.response_mask
-    stats = {
-        name: torch.zeros(mask.shape, device=mask.device)
-        for name in ("policy_logprobs", "ref_logprobs", "kl_policy_ref_per_token", "policy_entropy_per_token")
-    }
-    for positions in torch.split(mask.nonzero(), SCORING_ROWS):
-        at = positions.unbind(1)
-        tokens = part.responses[at].unsqueeze(-1)
-        policy = full_log_probs(policy_logits[at], temperature=temperature)
-        ref = full_log_probs(ref_logits[at], temperature=temperature)
-        stats["policy_logprobs"][at] = policy.gather(-1, tokens).squeeze(-1).float()
-        stats["ref_logprobs"][at] = ref.gather(-1, tokens).squeeze(-1).float()
-        stats["kl_policy_ref_per_token"][at] = kl_divergence(policy, ref).float()
-        stats["policy_entropy_per_token"][at] = entropy(policy).float()
-    return stats
+def _unpacked_states(states: Tensor, response_mask: Tensor) -> Tensor:
+    """[tokens, hidden] -> [rows, time, hidden], 0 off the mask."""
+    unpacked = states.new_zeros((*response_mask.shape, states.shape[1]))
+    unpacked[response_mask] = states
+    return unpacked
 
 
 def require_finite_per_token(name: str, values: Tensor) -> None:

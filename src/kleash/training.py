@@ -22,15 +22,16 @@ from kleash.batch import Prompts, Rollout
 from kleash.config import LeashConfig, RunConfig, config_from
 from kleash.drift import Record, SequenceFigures, explained_variance, record_of, sequence_figures
 from kleash.errors import ModelError, RewardError
-from kleash.estimators import kl_policy_ref_per_token_k1, per_sequence
+from kleash.estimators import kl_policy_ref_per_token_k1, kl_policy_ref_per_token_k3
 from kleash.interrupt import Stop, stop_on_signals
+from kleash.kl_form import FORMS, KLForm, KLName
 from kleash.models import load_tokenizer
 from kleash.parts import Given
 from kleash.ppo import PPOConfig, Targets, minibatches_of, ppo_update, whitened_advantages
 from kleash.progress import RunProgress, silent_libraries
 from kleash.prompts import prompts_of_update
 from kleash.report import write_report
-from kleash.rewards import adjusted_rewards, missing_eos_penalised
+from kleash.rewards import adjusted_rewards, adjusted_rewards_exact, missing_eos_penalised
 from kleash.rollout import RolloutConfig, rollout_of
 from kleash.run import Run, run_from, save, write_checkpoint
 from kleash.scorers import FunctionScorer, RewardFunction, Scorer, model_scorer
@@ -126,9 +127,15 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str
         first_epoch = next(epochs)
         with clock.phase("scoring"), run.accelerator.autocast():
             micro_batches = [rows for minibatch in first_epoch for rows in minibatch]
-            scored = score_rollout(run.models, rollout, micro_batches, temperature=config.rollout.temperature)
+            scored = score_rollout(
+                run.models,
+                rollout,
+                micro_batches,
+                temperature=config.rollout.temperature,
+                keep_ref_states=FORMS[config.kl].in_loss == "exact",
+            )
         figures = _gathered(run, sequence_figures(rollout, scored, scores, eval_scores))
-        targets, rewards, scale = _targets(run, rollout, scored, scores)
+        targets, scale = _targets(run, rollout, scored, scores)
         with clock.phase("optimising"):
             run.weights_are_between_updates = False
             stats = ppo_update(
@@ -145,7 +152,7 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str
             number,
             figures,
             stats,
-            rewards_per_sequence_mean=_mean_over_processes(run, per_sequence(rewards, rollout.response_mask)),
+            missing_eos_penalty=config.ppo.missing_eos_penalty,
             beta=run.leash.beta,
             learning_rate=float(run.scheduler.get_last_lr()[0]),
             advantage_std=scale,
@@ -174,6 +181,7 @@ def _rollout(run: Run, number: int) -> tuple[Prompts, Rollout]:
         config=config.rollout,
         eos_token_ids=run.parts.eos_token_ids,
         device=run.accelerator.device,
+        vocab=run.parts.vocab,
     )
     return prompts, rollout
 
@@ -199,30 +207,46 @@ def _epochs(run: Run, number: int) -> Iterator[list[list[Tensor]]]:
         yield minibatches_of(rows, run.config.ppo, generator)
 
 
-def _targets(run: Run, rollout: Rollout, scored: Scored, scores: Tensor) -> tuple[Targets, Tensor, float]:
-    """What the steps aim at, the adjusted rewards [batch, time] behind it, and the scale of the advantages."""
-    ppo, mask = run.config.ppo, rollout.response_mask
-    kl = kl_policy_ref_per_token_k1(scored.policy_logprobs, scored.ref_logprobs, mask)
+def _targets(run: Run, rollout: Rollout, scored: Scored, scores: Tensor) -> tuple[Targets, float]:
+    """What the steps aim at, and the scale of the advantages."""
+    ppo, mask, form, beta = run.config.ppo, rollout.response_mask, FORMS[run.config.kl], run.leash.beta
     penalised = missing_eos_penalised(scores, rollout.finished, penalty=ppo.missing_eos_penalty)
-    rewards = adjusted_rewards(penalised, kl, mask, beta=run.leash.beta)
+    rewards = _rewards(form, scored, penalised, mask, beta=beta, gamma=ppo.gamma)
     advantages, returns = generalized_advantages(
         rewards, scored.values, mask, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda
     )
     whitened, scale = whitened_advantages(advantages, mask, ppo, reduce=run.add_up)
     targets = Targets(
-        old_logprobs=scored.policy_logprobs, old_values=scored.values, advantages=whitened, returns=returns
+        old_logprobs=scored.policy_logprobs,
+        old_values=scored.values,
+        advantages=whitened,
+        returns=returns,
+        kl_weight=beta / scale,
+        kl_in_loss=form.in_loss,
+        ref_logprobs=scored.ref_logprobs,
+        ref_states=scored.ref_states,
     )
-    return targets, rewards, scale
+    return targets, scale
+
+
+def _rewards(form: KLForm, scored: Scored, scores: Tensor, mask: Tensor, *, beta: float, gamma: float) -> Tensor:
+    """[batch, time] scores less what the form of the KL takes off the reward."""
+    estimates = (scored.policy_logprobs, scored.ref_logprobs, mask)
+    match form.in_reward:
+        case "exact":
+            return adjusted_rewards_exact(scores, scored.kl_policy_ref_per_token, mask, beta=beta, gamma=gamma)
+        case "k1":
+            return adjusted_rewards(scores, kl_policy_ref_per_token_k1(*estimates), mask, beta=beta)
+        case "k3":
+            return adjusted_rewards(scores, kl_policy_ref_per_token_k3(*estimates), mask, beta=beta)
+        case None:
+            return adjusted_rewards(scores, scored.kl_policy_ref_per_token, mask, beta=0.0)
 
 
 def _gathered(run: Run, columns: dict[str, Tensor]) -> SequenceFigures:
     """The per-sequence columns of all processes, in the order of the prompts."""
     gathered = {name: run.accelerator.gather(column).cpu() for name, column in columns.items()}
     return SequenceFigures(**{"eval_scores": None, **gathered})
-
-
-def _mean_over_processes(run: Run, values: Tensor) -> float:
-    return float(run.accelerator.gather(values).double().mean())
 
 
 def _samples(
@@ -271,6 +295,8 @@ def train(
     reference: ModelOrPath | None = None,
     eval_reward: Reward | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    kl: KLName = "exact",
+    allow_biased: bool = False,
     leash: LeashConfig | None = None,
     rollout: RolloutConfig | None = None,
     ppo: PPOConfig | None = None,
@@ -289,6 +315,8 @@ def train(
       reference: what the KL is measured to; None = a frozen copy of the policy as it comes in.
       eval_reward: the held-out judge, in the same forms as reward; trains nothing.
       tokenizer: of the policy; None = loaded from where the policy came from.
+      kl: how the KL enters training: "exact", "k1", or a biased form by its name if allow_biased.
+      allow_biased: also take a form whose gradient is not that of score - beta * KL.
       leash: None = a fixed beta of 0.05.
       rollout, ppo: None = their defaults.
       updates, seed: length of the run, and what every random number follows from.
@@ -309,6 +337,8 @@ def train(
         "out": str(out),
         "reference": None if reference is None else _name(reference),
         "eval_reward": None if eval_reward is None else _name(eval_reward),
+        "kl": kl,
+        "allow_biased": allow_biased,
         "leash": leash or LeashConfig(),
         "rollout": rollout or RolloutConfig(),
         "ppo": ppo or PPOConfig(),

@@ -7,7 +7,8 @@ import torch
 
 from kleash.demo.gold import gold_judge
 from kleash.estimators import Interval, mean_with_interval, per_sequence
-from kleash.models import Models, eos_token_ids, frozen, load_causal_model, load_tokenizer, value_model_from_policy
+from kleash.language_model import Models, language_models
+from kleash.models import eos_token_ids, frozen, load_causal_model, load_tokenizer, value_model_from_policy
 from kleash.prompts import load_prompts, tokenized_prompts
 from kleash.rollout import RolloutConfig, rollout_of
 from kleash.scorers import load_scorer
@@ -53,7 +54,8 @@ def evaluate(
         eos_token_ids=eos_token_ids(policy, tokenizer),
         device=policy.device,
     )
-    models = Models(policy=policy, reference=reference, value=value_model_from_policy(policy))
+    language_model, ref_language_model = language_models(policy, reference, vocab=policy.config.vocab_size)
+    models = Models(policy=language_model, reference=ref_language_model, value=value_model_from_policy(policy))
     rows = list(torch.split(torch.arange(len(held_out)), BATCH))
     scored = score_rollout(models, rollout, rows, temperature=1.0)
     texts = [str(text) for text in held_out.texts]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kleash.fused.head import Head
-from kleash.fused.tiles import Buffers, Product, slope_of_logits, token_chunks, vocab_tiles
+from kleash.fused.tiles import Buffers, Product, bfloat16_products, slope_of_logits, token_chunks, vocab_tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +109,10 @@ def head_gradients(
             if isinstance(slope, Tensor) or slope != 1.0:
                 tile.mul_(slope)
             cast = own.cast(tile)
-            _add_product(hidden_gradient[chunk], cast, own.weight(columns))
-            if weight_gradient is not None:
-                _add_product(weight_gradient[columns], cast.T, own.hidden)
+            with bfloat16_products(hidden):
+                _add_product(hidden_gradient[chunk], cast, own.weight(columns))
+                if weight_gradient is not None:
+                    _add_product(weight_gradient[columns], cast.T, own.hidden)
             if bias_gradient is not None:
                 bias_gradient[columns] += tile.sum(0)
     return HeadGradients(hidden=hidden_gradient, weight=weight_gradient, bias=bias_gradient)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from kleash.fused.backward import Saved, Upstream, head_gradients
 from kleash.fused.fold import Normaliser, choose, empty_normaliser, fold_one, fold_pair
 from kleash.fused.head import Head
-from kleash.fused.tiles import Buffers, Product, accumulated_dtype, bfloat16_products, token_chunks, vocab_tiles
+from kleash.fused.tiles import Buffers, Product, accumulated_dtype, token_chunks, vocab_tiles
 
 Factors = tuple[Tensor, Head]
 
@@ -38,7 +38,8 @@ def factors(hidden: Tensor, head: Head) -> Factors:
     """Hidden states and head in one type: autocast's where it is on, else the wider of the two."""
     kind = hidden.device.type
     wider = torch.promote_types(hidden.dtype, head.weight.dtype)
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else wider
+    lowered = torch.is_autocast_enabled(kind) and wider != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if lowered else wider
     return hidden.to(dtype), replace(head, weight=head.weight.to(dtype))
 
 
@@ -87,24 +88,23 @@ class _Sweep(torch.autograd.Function):
         given = [None if gradient is None else gradient.unsqueeze(1) for gradient in gradients]
         logprobs, of_entropy, of_kl, _, reverse_kl = given + [None] * (5 - len(given))
         upstream = Upstream(logprobs=logprobs, kl=of_kl, entropy=of_entropy, reverse_kl=reverse_kl)
-        with bfloat16_products(hidden):
-            found = head_gradients(
-                (hidden, Head(weight=weight, bias=bias, scale=ctx.scale, softcap=ctx.softcap)),
-                request.ref if upstream.needs_ref else None,
-                Saved(
-                    places=request.tokens.unsqueeze(1),
-                    log_normaliser=log_normaliser,
-                    ref_log_normaliser=ref_log_normaliser,
-                    kl=kl,
-                    entropy=entropy,
-                ),
-                upstream,
-                vocab=request.vocab,
-                temperature=request.temperature,
-                some_forbidden=ctx.some_forbidden,
-                weight_wanted=ctx.needs_input_grad[2],
-                bias_wanted=ctx.needs_input_grad[3],
-            )
+        found = head_gradients(
+            (hidden, Head(weight=weight, bias=bias, scale=ctx.scale, softcap=ctx.softcap)),
+            request.ref if upstream.needs_ref else None,
+            Saved(
+                places=request.tokens.unsqueeze(1),
+                log_normaliser=log_normaliser,
+                ref_log_normaliser=ref_log_normaliser,
+                kl=kl,
+                entropy=entropy,
+            ),
+            upstream,
+            vocab=request.vocab,
+            temperature=request.temperature,
+            some_forbidden=ctx.some_forbidden,
+            weight_wanted=ctx.needs_input_grad[2],
+            bias_wanted=ctx.needs_input_grad[3],
+        )
         weight_gradient = None if found.weight is None else found.weight.to(weight.dtype)
         bias_gradient = None if found.bias is None else found.bias.to(bias.dtype)
         return None, found.hidden.to(hidden.dtype), weight_gradient, bias_gradient, None, None
@@ -120,7 +120,7 @@ def _sums(
 ) -> tuple[Normaliser, Normaliser | None]:
     """The running sums of both models after the whole vocabulary."""
     buffers = Buffers(hidden.device, accumulated_dtype(hidden.dtype))
-    with bfloat16_products(hidden):
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the sums
         parts = [
             _sums_of_chunk(request, hidden, head, chunk, buffers, some_forbidden=some_forbidden)
             for chunk in token_chunks(len(hidden), hidden.device)

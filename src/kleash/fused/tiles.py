@@ -18,9 +18,9 @@ ALIGNED = 64
 
 
 def token_chunks(tokens: int, device: torch.device) -> Iterator[slice]:
-    """Consecutive slices of the tokens, each one tile high."""
+    """Consecutive slices of the tokens, each one tile high; one empty slice where there are none."""
     height = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
-    return (slice(start, min(start + height, tokens)) for start in range(0, tokens, height))
+    return (slice(start, min(start + height, tokens)) for start in range(0, max(tokens, 1), height))
 
 
 def vocab_tiles(tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:
@@ -39,14 +39,14 @@ class Buffers:
     """Memory for tiles, allocated once: fresh pages cost more than what is computed in them."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
+        self._device, self.dtype = device, dtype
         self._flat: dict[str, Tensor] = {}
 
     def tile(self, name: str, rows: int, columns: int) -> Tensor:
         """[rows, columns] of uninitialised memory; the same name gives the same memory."""
         flat = self._flat.get(name)
         if flat is None or flat.numel() < rows * columns:
-            flat = self._flat[name] = torch.empty(rows * columns, device=self._device, dtype=self._dtype)
+            flat = self._flat[name] = torch.empty(rows * columns, device=self._device, dtype=self.dtype)
         return flat[: rows * columns].view(rows, columns)
 
 
@@ -58,8 +58,9 @@ class Product:
     """
 
     def __init__(self, hidden: Tensor, head: Head, buffers: Buffers, name: str) -> None:
-        self._native = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
-        self._accumulated = accumulated_dtype(hidden.dtype)
+        self._accumulated, self._given = buffers.dtype, hidden
+        halves = hidden.dtype in (torch.bfloat16, torch.float16)
+        self._native = hidden.is_cuda and halves and self._accumulated == torch.float32
         self._hidden = hidden if self._native else hidden.to(self._accumulated)
         self._head, self._buffers, self._name = head, buffers, name
 
@@ -78,7 +79,8 @@ class Product:
         if self._native:
             torch.mm(self._hidden, self.weight(columns).T, out_dtype=torch.float32, out=tile)
         else:
-            torch.mm(self._hidden, self.weight(columns).T, out=tile)
+            with bfloat16_products(self._given):
+                torch.mm(self._hidden, self.weight(columns).T, out=tile)
         head = self._head
         if head.bias is not None:
             tile.add_(head.bias[columns])

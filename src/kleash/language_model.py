@@ -1,0 +1,164 @@
+"""Policy and reference as training sees them: what they say of the response tokens, from one forward pass.
+
+Where the logits are a plain product of the last hidden states, no logits are kept: see kleash.fused. Any other
+model is served by its full logits.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kleash.batch import MicroBatch
+from kleash.divergence import entropy, kl_divergence
+from kleash.fused.stats import logprobs_of, stats_of
+from kleash.linear_head import LinearHead, last_hidden_states, linear_head_of
+from kleash.logprobs import full_log_probs
+from kleash.models import response_logits
+
+PLAIN_ROWS = 1024
+
+Columns = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionStats:
+    """What is known of each response token, [rows, time] nats, exactly 0 off the mask.
+
+    Without a reference, ref_logprobs and kl_policy_ref_per_token are None.
+    """
+
+    policy_logprobs: Tensor
+    policy_entropy: Tensor
+    ref_logprobs: Tensor | None
+    kl_policy_ref_per_token: Tensor | None
+
+
+class LanguageModel(nn.Module):
+    """A causal model whose forward pass gives the statistics of response tokens.
+
+    It is a module so that a data-parallel wrapper may stand around it; all of its parameters are the model's.
+
+    Args:
+      model: the causal language model.
+      linear: how its logits follow from its last hidden states; None = by its full logits.
+      vocab: how many tokens exist; what a head has beyond them is padding.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, linear: LinearHead | None, vocab: int) -> None:
+        super().__init__()
+        self.model = model
+        self.linear = linear
+        self.vocab = vocab
+
+    def states(self, part: MicroBatch) -> Tensor:
+        """What a reference keeps of a forward pass: last hidden states [tokens, hidden], or logits [tokens, vocab].
+
+        Tokens are the response tokens, row by row; the state is the one that the token was drawn from.
+        """
+        inputs = (self.model, part.sequences, part.attention_mask, part.time)
+        if self.linear is None:
+            logits: Tensor = response_logits(*inputs)[part.response_mask]
+            return logits[:, : self.vocab]
+        return last_hidden_states(*inputs)[part.response_mask]
+
+    def forward(
+        self, part: MicroBatch, reference: "LanguageModel | None", ref_states: Tensor | None, *, temperature: float
+    ) -> PositionStats:
+        """Statistics of the micro-batch's response tokens, differentiable through this model.
+
+        Args:
+          part: the micro-batch.
+          reference: what the KL is measured to; None = this model's log-probs and entropy alone.
+          ref_states: the reference's states of this micro-batch.
+          temperature: of both distributions.
+        """
+        states, tokens = self.states(part), part.responses[part.response_mask]
+        ref = None if reference is None or ref_states is None else (ref_states, reference)
+        if self.linear is None:
+            columns = _plain_columns(states, None if ref is None else ref[0], tokens, temperature)
+        else:
+            columns = self._fused_columns(self.linear, states, ref, tokens, temperature)
+        logprobs, entropies, ref_logprobs, kl = (
+            None if column is None else _unpacked(column, part.response_mask) for column in columns
+        )
+        assert logprobs is not None
+        assert entropies is not None
+        return PositionStats(
+            policy_logprobs=logprobs,
+            policy_entropy=entropies,
+            ref_logprobs=ref_logprobs,
+            kl_policy_ref_per_token=kl,
+        )
+
+    def _fused_columns(
+        self,
+        linear: LinearHead,
+        states: Tensor,
+        ref: "tuple[Tensor, LanguageModel] | None",
+        tokens: Tensor,
+        temperature: float,
+    ) -> Columns:
+        head = linear.of(self.model)
+        if ref is None:
+            return *logprobs_of(states, head, tokens, temperature=temperature, vocab=self.vocab), None, None
+        ref_states, reference = ref
+        assert reference.linear is not None
+        ref_head = reference.linear.of(reference.model)
+        stats = stats_of(states, head, ref_states, ref_head, tokens, temperature=temperature, vocab=self.vocab)
+        return stats.policy_logprobs, stats.policy_entropy, stats.ref_logprobs, stats.kl_policy_ref_per_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """The three models of an update; policy (a LanguageModel) and value may be wrapped for several processes."""
+
+    policy: nn.Module
+    value: nn.Module
+    reference: LanguageModel
+
+
+def _plain_columns(logits: Tensor, ref_logits: Tensor | None, tokens: Tensor, temperature: float) -> Columns:
+    """The columns from full logits, a limited number of positions at a time."""
+    rows = zip(
+        torch.split(logits, PLAIN_ROWS),
+        torch.split(logits if ref_logits is None else ref_logits, PLAIN_ROWS),
+        torch.split(tokens, PLAIN_ROWS),
+        strict=True,
+    )
+    parts = []
+    for some, some_ref, chosen in rows:
+        policy = full_log_probs(some, temperature=temperature)
+        part = [policy.gather(-1, chosen.unsqueeze(-1)).squeeze(-1), entropy(policy)]
+        if ref_logits is not None:
+            ref = full_log_probs(some_ref, temperature=temperature)
+            part += [ref.gather(-1, chosen.unsqueeze(-1)).squeeze(-1), kl_divergence(policy, ref)]
+        parts.append(part)
+    logprobs, entropies, *beside = (torch.cat(column) for column in zip(*parts, strict=True))
+    ref_logprobs, kl = beside or (None, None)
+    return logprobs, entropies, ref_logprobs, kl
+
+
+def _unpacked(column: Tensor, response_mask: Tensor) -> Tensor:
+    """[tokens] -> [rows, time], 0 off the mask."""
+    return column.new_zeros(response_mask.shape).masked_scatter(response_mask, column)
+
+
+def language_models(
+    policy: PreTrainedModel, reference: PreTrainedModel, *, vocab: int
+) -> tuple[LanguageModel, LanguageModel]:
+    """Policy and reference, both by their hidden states or, if one of them cannot, both by their full logits."""
+    heads = {"policy": linear_head_of(policy), "reference": linear_head_of(reference)}
+    for role, head in heads.items():
+        if isinstance(head, str):
+            warnings.warn(
+                f"Expected a {role} whose logits are a product of its last hidden states, found {head}; "
+                "full logits are used instead, which takes more memory.",
+                stacklevel=2,
+            )
+    own, other = (head if isinstance(head, LinearHead) else None for head in heads.values())
+    if own is None or other is None:
+        own = other = None
+    return LanguageModel(policy, linear=own, vocab=vocab), LanguageModel(reference, linear=other, vocab=vocab)
