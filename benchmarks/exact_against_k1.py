@@ -15,7 +15,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,18 @@ class Comparison:
 
 
 def run_directory(work: Comparison, seed: int, beta: float, form: KLName) -> Path:
-    return work.out / f"seed{seed}-beta{beta:g}-{form}"
+    return work.out / f"seed{seed}-{form}-beta{beta:g}"
+
+
+def beside(directory: Path, ending: str) -> Path:
+    """The file of that name and ending next to a run's directory."""
+    return directory.parent / f"{directory.name}.{ending}"
 
 
 def train_and_judge(work: Comparison, seed: int, beta: float, form: KLName) -> None:
     """One run in a process of its own on one thread, and its held-out evaluation."""
     out, world = run_directory(work, seed, beta, form), work.out / f"world{seed}"
-    judged = out.with_suffix(".json")
+    judged = beside(out, "json")
     if judged.exists():
         return
     config = RunConfig(
@@ -70,10 +75,10 @@ def train_and_judge(work: Comparison, seed: int, beta: float, form: KLName) -> N
         updates=work.updates,
         seed=seed,
     )
-    yaml_file = out.with_suffix(".yaml")
+    yaml_file = beside(out, "yaml")
     yaml_file.write_text(config_as_yaml(config), encoding="utf-8")
     command = [sys.executable, "-m", "kleash.cli", "train", str(yaml_file), "--resume"]
-    with out.with_suffix(".log").open("wb") as log:
+    with beside(out, "log").open("wb") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     end = evaluate(
         out / "checkpoints" / f"{work.updates:06d}" / "policy",
@@ -109,9 +114,9 @@ def figures_of(work: Comparison, seed: int, beta: float, form: KLName) -> dict[s
     kl = [record["kl_policy_ref_per_sequence"] for record in records]
     gold = smoothed([record["eval_score_mean"] for record in records])
     half = kl[len(kl) // 2 :]
-    jumps = [b - a for a, b in zip(half, half[1:], strict=False)]
+    jumps = [b - a for a, b in pairwise(half)]
     figures: dict[str, float | None] = {
-        **json.loads(out.with_suffix(".json").read_text(encoding="utf-8")),
+        **json.loads(beside(out, "json").read_text(encoding="utf-8")),
         "KL, second half": statistics.fmean(half),
         "jump of KL": statistics.pstdev(jumps),
         "ms/update": 1000 * statistics.median(row["seconds_total"] for row in timings),

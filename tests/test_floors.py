@@ -20,7 +20,7 @@ FLOORS = {
     **dict.fromkeys(["linear_head", "prompts", "scorers", "rollout", "verdict"], 5),
     **dict.fromkeys(["language_model"], 6),
     **dict.fromkeys(["scoring", "ppo"], 7),
-    **dict.fromkeys(["drift", "config", "run_directory", "report"], 8),
+    **dict.fromkeys(["targets", "drift", "config", "run_directory", "report"], 8),
     **dict.fromkeys(["checkpoint", "progress", "parts", "preflight"], 9),
     **dict.fromkeys(["run"], 10),
     **dict.fromkeys(["training", "measure"], 11),

@@ -149,6 +149,8 @@ def _scale_before(model: PreTrainedModel, head: nn.Linear, tokens: Tensor, mask:
             f"a head that is given {list(given.shape)} {given.dtype} where the last hidden states are "
             f"{list(hidden.shape)} {hidden.dtype}"
         )
+    if not hidden[mask].isfinite().all():
+        raise _NotLinearError("last hidden states that are not finite")
     if torch.equal(given[mask], hidden[mask]):
         return 1.0
     # Equal bits, and not closeness, for the scale of 1: a norm upon a norm changes next to nothing.
@@ -220,7 +222,8 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
     Scaling and capping round four times, each time by half an eps; other programs may round another way.
     """
-    allowed = 4 * torch.finfo(expected.dtype).eps * expected.double().abs()
+    eps = max(torch.finfo(found.dtype).eps, torch.finfo(expected.dtype).eps)
+    allowed = 4 * eps * expected.double().abs()
     errors = (found.double() - expected.double()).abs() / allowed
     return float(torch.where(found == expected, 0.0, errors).max())
 

@@ -17,26 +17,24 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kleash.advantages import generalized_advantages
 from kleash.batch import Prompts, Rollout
 from kleash.config import LeashConfig, RunConfig, config_from
 from kleash.drift import Record, SequenceFigures, explained_variance, record_of, sequence_figures
 from kleash.errors import ModelError, RewardError
-from kleash.estimators import kl_policy_ref_per_token_k1, kl_policy_ref_per_token_k3
 from kleash.interrupt import Stop, stop_on_signals
-from kleash.kl_form import FORMS, KLForm, KLName
+from kleash.kl_form import FORMS, KLName
 from kleash.models import load_tokenizer
 from kleash.parts import Given
-from kleash.ppo import PPOConfig, Targets, minibatches_of, ppo_update, whitened_advantages
+from kleash.ppo import PPOConfig, minibatches_of, ppo_update
 from kleash.progress import RunProgress, silent_libraries
 from kleash.prompts import prompts_of_update
 from kleash.report import write_report
-from kleash.rewards import adjusted_rewards, adjusted_rewards_exact, missing_eos_penalised
 from kleash.rollout import RolloutConfig, rollout_of
 from kleash.run import Run, run_from, save, write_checkpoint
 from kleash.scorers import FunctionScorer, RewardFunction, Scorer, model_scorer
-from kleash.scoring import Scored, score_rollout
+from kleash.scoring import score_rollout
 from kleash.seeds import derived_seed, generator_for
+from kleash.targets import targets_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +114,7 @@ def _anyone(run: Run, flag: bool) -> bool:
 
 def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str, Any]]]:
     """One update, from prompts to drift; returns its record, its seconds by phase, and some samples."""
-    config, clock = run.config, Clock()
+    config, form, clock = run.config, FORMS[run.config.kl], Clock()
     set_seed(derived_seed(config.seed, "update", number, run.accelerator.process_index) % 2**32)
     with clock.phase("total"):
         with clock.phase("sampling"), run.accelerator.autocast():
@@ -132,10 +130,12 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str
                 rollout,
                 micro_batches,
                 temperature=config.rollout.temperature,
-                keep_ref_states=FORMS[config.kl].in_loss == "exact",
+                keep_ref_states=form.in_loss == "exact",
             )
         figures = _gathered(run, sequence_figures(rollout, scored, scores, eval_scores))
-        targets, scale = _targets(run, rollout, scored, scores)
+        targets, scale = targets_of(
+            rollout, scored, scores, config.ppo, form=form, beta=run.leash.beta, reduce=run.add_up
+        )
         with clock.phase("optimising"):
             run.weights_are_between_updates = False
             stats = ppo_update(
@@ -205,42 +205,6 @@ def _epochs(run: Run, number: int) -> Iterator[list[list[Tensor]]]:
     for epoch in range(run.config.ppo.epochs):
         generator = generator_for(run.config.seed, "minibatches", number, epoch, run.accelerator.process_index)
         yield minibatches_of(rows, run.config.ppo, generator)
-
-
-def _targets(run: Run, rollout: Rollout, scored: Scored, scores: Tensor) -> tuple[Targets, float]:
-    """What the steps aim at, and the scale of the advantages."""
-    ppo, mask, form, beta = run.config.ppo, rollout.response_mask, FORMS[run.config.kl], run.leash.beta
-    penalised = missing_eos_penalised(scores, rollout.finished, penalty=ppo.missing_eos_penalty)
-    rewards = _rewards(form, scored, penalised, mask, beta=beta, gamma=ppo.gamma)
-    advantages, returns = generalized_advantages(
-        rewards, scored.values, mask, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda
-    )
-    whitened, scale = whitened_advantages(advantages, mask, ppo, reduce=run.add_up)
-    targets = Targets(
-        old_logprobs=scored.policy_logprobs,
-        old_values=scored.values,
-        advantages=whitened,
-        returns=returns,
-        kl_weight=beta / scale,
-        kl_in_loss=form.in_loss,
-        ref_logprobs=scored.ref_logprobs,
-        ref_states=scored.ref_states,
-    )
-    return targets, scale
-
-
-def _rewards(form: KLForm, scored: Scored, scores: Tensor, mask: Tensor, *, beta: float, gamma: float) -> Tensor:
-    """[batch, time] scores less what the form of the KL takes off the reward."""
-    estimates = (scored.policy_logprobs, scored.ref_logprobs, mask)
-    match form.in_reward:
-        case "exact":
-            return adjusted_rewards_exact(scores, scored.kl_policy_ref_per_token, mask, beta=beta, gamma=gamma)
-        case "k1":
-            return adjusted_rewards(scores, kl_policy_ref_per_token_k1(*estimates), mask, beta=beta)
-        case "k3":
-            return adjusted_rewards(scores, kl_policy_ref_per_token_k3(*estimates), mask, beta=beta)
-        case None:
-            return adjusted_rewards(scores, scored.kl_policy_ref_per_token, mask, beta=0.0)
 
 
 def _gathered(run: Run, columns: dict[str, Tensor]) -> SequenceFigures:

@@ -1,0 +1,70 @@
+"""From scores and drift to what the steps of an update aim at."""
+
+from torch import Tensor
+
+from kleash.advantages import generalized_advantages
+from kleash.batch import Rollout
+from kleash.estimators import kl_policy_ref_per_token_k1, kl_policy_ref_per_token_k3
+from kleash.kl_form import KLForm
+from kleash.masking import Reduce
+from kleash.ppo import PPOConfig, Targets, whitened_advantages
+from kleash.rewards import adjusted_rewards, adjusted_rewards_exact, missing_eos_penalised
+from kleash.scoring import Scored
+
+
+def targets_of(
+    rollout: Rollout,
+    scored: Scored,
+    scores: Tensor,
+    config: PPOConfig,
+    *,
+    form: KLForm,
+    beta: float,
+    reduce: Reduce,
+) -> tuple[Targets, float]:
+    """Adjusted rewards, advantages and returns of a rollout, and the weight of the KL in the loss.
+
+    Args:
+      rollout: what the policy sampled.
+      scored: what the models say of it.
+      scores: [batch] of the reward model.
+      config: gamma, lambda, whitening and the penalty for a missing EOS.
+      form: how the KL enters training.
+      beta: KL coefficient, score units per nat.
+      reduce: adds a tensor over processes.
+
+    Returns:
+      (the targets, what the advantages were divided by).
+    """
+    mask = rollout.response_mask
+    penalised = missing_eos_penalised(scores, rollout.finished, penalty=config.missing_eos_penalty)
+    rewards = _rewards(form, scored, penalised, mask, beta=beta, gamma=config.gamma)
+    advantages, returns = generalized_advantages(
+        rewards, scored.values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
+    )
+    whitened, scale = whitened_advantages(advantages, mask, config, reduce=reduce)
+    targets = Targets(
+        old_logprobs=scored.policy_logprobs,
+        old_values=scored.values,
+        advantages=whitened,
+        returns=returns,
+        kl_weight=beta / scale,
+        kl_in_loss=form.in_loss,
+        ref_logprobs=scored.ref_logprobs,
+        ref_states=scored.ref_states,
+    )
+    return targets, scale
+
+
+def _rewards(form: KLForm, scored: Scored, scores: Tensor, mask: Tensor, *, beta: float, gamma: float) -> Tensor:
+    """[batch, time] scores less what the form of the KL takes off the reward."""
+    estimates = (scored.policy_logprobs, scored.ref_logprobs, mask)
+    match form.in_reward:
+        case "exact":
+            return adjusted_rewards_exact(scores, scored.kl_policy_ref_per_token, mask, beta=beta, gamma=gamma)
+        case "k1":
+            return adjusted_rewards(scores, kl_policy_ref_per_token_k1(*estimates), mask, beta=beta)
+        case "k3":
+            return adjusted_rewards(scores, kl_policy_ref_per_token_k3(*estimates), mask, beta=beta)
+        case None:
+            return adjusted_rewards(scores, scored.kl_policy_ref_per_token, mask, beta=0.0)
