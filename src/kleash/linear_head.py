@@ -18,8 +18,14 @@ from kleash.errors import first_line
 from kleash.fused.head import Head
 from kleash.models import forward_arguments
 
-SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")  # times it, or divided by it
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+SCALES = (  # times it, or divided by it, before or after the head
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+    "logits_mup_width_multiplier",
+)
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 ROWS, TIME = 2, 8
 SMALLEST, LARGEST = -1.0, 4.0  # powers of ten that the products of the second pass span
 

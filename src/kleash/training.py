@@ -118,9 +118,9 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str
     set_seed(derived_seed(config.seed, "update", number, run.accelerator.process_index) % 2**32)
     with clock.phase("total"):
         with clock.phase("sampling"), run.accelerator.autocast():
-            prompts, rollout = _rollout(run, number)
+            prompts, rollout = sampled(run, number)
         with clock.phase("rewarding"), run.accelerator.autocast():
-            scores, eval_scores = _scores(run, prompts, rollout)
+            scores, eval_scores = judged(run, prompts, rollout)
         epochs = _epochs(run, number)
         first_epoch = next(epochs)
         with clock.phase("scoring"), run.accelerator.autocast():
@@ -164,7 +164,7 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str
     return record, {"update": number, **clock.seconds}, _samples(run, number, prompts, rollout, figures)
 
 
-def _rollout(run: Run, number: int) -> tuple[Prompts, Rollout]:
+def sampled(run: Run, number: int) -> tuple[Prompts, Rollout]:
     """This process's share of the update's prompts, and the policy's responses to them."""
     config = run.config
     count = config.rollout.prompts_per_update
@@ -186,7 +186,7 @@ def _rollout(run: Run, number: int) -> tuple[Prompts, Rollout]:
     return prompts, rollout
 
 
-def _scores(run: Run, prompts: Prompts, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
+def judged(run: Run, prompts: Prompts, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
     """Scores by the reward and by the judge; where either fails on one process, every process stops with it."""
     failure: RewardError | None = None
     try:
