@@ -115,9 +115,8 @@ def main(work: Work) -> None:
         for number in range(work.batches):
             for what, gradient in gradients(run, work, work.first_update + number):
                 spreads.setdefault(what, Spread()).add(gradient)
-    print(
-        f"{work.run.name} after {run.completed} updates, {work.batches} batches of {run.config.rollout.prompts_per_update}"
-    )
+    size = run.config.rollout.prompts_per_update
+    print(f"{work.run.name} after {run.completed} updates, {work.batches} batches of {size}")
     print(
         f"{'objective':<14}{'beta':>6}  {'form':<7}{'noise':>11}{'signal':>11}{'noise / signal':>16}{'against k1':>12}"
     )

@@ -584,9 +584,11 @@ def stats_in_double(stats: TokenStats) -> TokenStats:
 
 
 def test_hidden_states_and_head_of_two_types_meet_in_the_wider():
-    case = random_case(9, tokens=5, vocab=7, width=3, dtype=torch.bfloat16)
-    wide = replace(case, head=cast(case.head, torch.float32), ref_head=cast(case.ref_head, torch.float32))
-    assert_same(wide.fused(), case.to(torch.float32).fused(), atol=0)
+    case = random_case(9, tokens=5, vocab=7, width=3, dtype=torch.float32)
+    narrow = replace(case, hidden=case.hidden.bfloat16(), ref_hidden=case.ref_hidden.bfloat16())
+    raised = replace(case, hidden=narrow.hidden.float(), ref_hidden=narrow.ref_hidden.float())
+    assert_same(narrow.fused(), raised.fused(), atol=0)
+    assert_same(stats_in_double(narrow.fused()), raised.to(torch.float64).plain(), atol=1e-5)
 
 
 @pytest.fixture

@@ -153,6 +153,19 @@ def test_the_model_that_came_in_is_the_one_that_was_trained_and_the_reference_is
     assert json.loads((result.checkpoint / "state.json").read_text())["reference_fingerprint"] == start
 
 
+def test_a_reference_that_is_padded_to_a_rounder_size_is_the_same_model(tmp_path: Path) -> None:
+    reference = tiny_policy()
+    reference.resize_token_embeddings(reference.config.vocab_size + 4, mean_resizing=False)
+    reference.get_output_embeddings().weight.data[-4:] = 9.0
+    reference.save_pretrained(tmp_path / "padded")
+    tiny_tokenizer().save_pretrained(tmp_path / "padded")
+    padded = rows_of(train(tmp_path / "run", reference=tmp_path / "padded", updates=2).out)
+    usual = rows_of(train(tmp_path / "usual", updates=2).out)
+    assert padded[0]["kl_policy_ref_per_sequence"] == 0
+    for name in ("kl_policy_ref_per_sequence", "score_mean", "gradient_norm"):
+        assert padded[1][name] == pytest.approx(usual[1][name], abs=1e-6)
+
+
 def test_a_reward_model_in_memory_scores_and_starts_the_value_model(tmp_path: Path) -> None:
     reward_model = tiny_reward_model()
     start = fingerprint(reward_model)

@@ -29,6 +29,7 @@ _NAMES_OF = {
         "ConfigError",
         "InputError",
         "KleashError",
+        "KleashWarning",
         "ModelError",
         "NonFiniteError",
         "PromptError",
@@ -71,6 +72,7 @@ _NAMES_OF = {
     "report": ("write_report",),
     "rewards": (
         "adjusted_rewards",
+        "adjusted_rewards_exact",
         "missing_eos_penalised",
     ),
     "rollout": ("RolloutConfig",),

@@ -12,6 +12,7 @@ from kleash.errors import (
     ConfigError,
     InputError,
     KleashError,
+    KleashWarning,
     ModelError,
     NonFiniteError,
     PromptError,
@@ -36,7 +37,7 @@ from kleash.losses import clipped_policy_loss_per_token, clipped_value_loss_per_
 from kleash.masking import masked_mean, whiten
 from kleash.ppo import PPOConfig
 from kleash.report import write_report
-from kleash.rewards import adjusted_rewards, missing_eos_penalised
+from kleash.rewards import adjusted_rewards, adjusted_rewards_exact, missing_eos_penalised
 from kleash.rollout import RolloutConfig
 from kleash.training import RunResult, train
 
@@ -50,6 +51,7 @@ __all__ = [
     "InputError",
     "Interval",
     "KleashError",
+    "KleashWarning",
     "Leash",
     "LeashConfig",
     "ModelError",
@@ -68,6 +70,7 @@ __all__ = [
     "ZieglerLeash",
     "__version__",
     "adjusted_rewards",
+    "adjusted_rewards_exact",
     "clipped_policy_loss_per_token",
     "clipped_value_loss_per_token",
     "entropy",

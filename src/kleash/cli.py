@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from kleash.errors import ConfigError, InputError, KleashError
+from kleash.errors import ConfigError, InputError, KleashError, KleashWarning
 from kleash.version import VERSION
 
 USAGE = f"""\
@@ -57,7 +58,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(VERSION)
         return 0
     try:
-        return _command(words[0])(words[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _command(words[0])(words[1:])
     except KleashError as error:
         if debug:
             traceback.print_exc()
@@ -66,6 +69,17 @@ def _main(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("kleash: Interrupted; go on from the last checkpoint, if there is one, with --resume.", file=sys.stderr)
         return 130
+
+
+_show_other_warning = warnings.showwarning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Our own warnings as the one sentence that they are; others as ever."""
+    if issubclass(category, KleashWarning):
+        print(f"kleash: {message}", file=sys.stderr)
+    else:
+        _show_other_warning(message, category, *place, **more)
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

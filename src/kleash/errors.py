@@ -13,7 +13,8 @@
     `-- RunStopped (also a RuntimeError)    the run stopped itself; exit code 1
         `-- NonFiniteError                  a loss, gradient or log-prob that is NaN or infinite
 
-A message is one sentence: what was expected, what was found, what to do.
+A message is one sentence: what was expected, what was found, what to do. What is worth knowing but stops nothing is
+a KleashWarning.
 """
 
 
@@ -63,6 +64,10 @@ class RunStopped(KleashError, RuntimeError):
 
 class NonFiniteError(RunStopped):
     """A quantity of the update became NaN or infinite."""
+
+
+class KleashWarning(UserWarning):
+    """Something works in another way than one would expect; the run goes on."""
 
 
 def first_line(error: BaseException) -> str:

@@ -32,9 +32,9 @@ FORMS: dict[KLName, KLForm] = {
     "k1": KLForm(in_reward="k1"),
     "exact_in_loss": KLForm(
         in_loss="exact",
-        bias="a token does not answer for the drift after it (norm 0.96, cosine 0.999)",
+        bias="a token does not answer for the drift after it",
     ),
-    "k2_in_loss": KLForm(in_loss="k2", bias="a token does not answer for the drift after it (norm 0.96, cosine 0.999)"),
+    "k2_in_loss": KLForm(in_loss="k2", bias="a token does not answer for the drift after it"),
     "k3_in_loss": KLForm(in_loss="k3", bias="its gradient is that of KL(reference || policy)"),
     "k3_in_reward": KLForm(
         in_reward="k3", bias="its gradient is that of KL(policy || reference) - KL(reference || policy)"

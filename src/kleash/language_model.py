@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from kleash.batch import MicroBatch
 from kleash.divergence import entropy, kl_divergence
+from kleash.errors import KleashWarning
 from kleash.fused.stats import logprobs_of, stats_of
 from kleash.linear_head import LinearHead, last_hidden_states, linear_head_of
 from kleash.logprobs import full_log_probs
@@ -156,6 +157,7 @@ def language_models(
             warnings.warn(
                 f"Expected a {role} whose logits are a product of its last hidden states, found {head}; "
                 "full logits are used instead, which takes more memory.",
+                KleashWarning,
                 stacklevel=2,
             )
     own, other = (head if isinstance(head, LinearHead) else None for head in heads.values())

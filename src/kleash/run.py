@@ -1,6 +1,7 @@
 """The state of a run: how it is put together, saved, and taken up again."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from kleash.checkpoint import (
     save_checkpoint,
 )
 from kleash.config import RunConfig, config_as_yaml
-from kleash.errors import ConfigError, RunDirectoryError
+from kleash.errors import ConfigError, KleashWarning, RunDirectoryError
+from kleash.kl_form import FORMS
 from kleash.language_model import Models, language_models
 from kleash.leash import Leash
 from kleash.models import fingerprint, trainable_parameters
@@ -75,6 +77,9 @@ def run_from(config: RunConfig, given: Given, *, resume: bool) -> Run:
         _require_same_config(directory, config)
     else:
         directory.require_free()
+    bias = FORMS[config.kl].bias
+    if bias:
+        warnings.warn(f"The leash {config.kl} is biased, since {bias}.", KleashWarning, stacklevel=2)
     accelerator = _accelerator(config)
     _require_even_shares(config, accelerator.num_processes)
     parts = load_parts(config, given)

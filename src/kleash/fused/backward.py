@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kleash.fused import triton_fold
 from kleash.fused.head import Head
 from kleash.fused.tiles import Buffers, Product, bfloat16_products, slope_of_logits, token_chunks, vocab_tiles
 
@@ -129,6 +130,13 @@ def _logits_gradient(
     some_forbidden: bool,
 ) -> Tensor:
     """d loss / d logits of one tile, [tokens, width]; takes over the memory of the logits."""
+    if triton_fold.usable(logits.device):
+        return triton_fold.logits_gradient(
+            *(logits, ref_logits),
+            start=start,
+            **vars(saved),
+            **{f"of_{name}": column for name, column in vars(upstream).items()},
+        )
     forbidden = (logits == -math.inf) if some_forbidden else None
     ref_weights = None
     if upstream.reverse_kl is not None and ref_logits is not None and saved.ref_log_normaliser is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kleash.fused import triton_fold
 from kleash.fused.backward import Saved, Upstream, head_gradients
 from kleash.fused.fold import Normaliser, choose, empty_normaliser, fold_one, fold_pair
 from kleash.fused.head import Head
@@ -63,7 +64,11 @@ class _Sweep(torch.autograd.Function):
         softcap: float | None,
     ) -> tuple[Tensor, ...]:
         head = Head(weight=weight, bias=bias, scale=scale, softcap=softcap)
-        some_forbidden = _forbids(head) or (request.ref is not None and _forbids(request.ref[1]))
+        some_forbidden = (
+            triton_fold.usable(hidden.device)  # costs nothing there
+            or _forbids(head)
+            or (request.ref is not None and _forbids(request.ref[1]))
+        )
         policy, ref = _sums(request, hidden, head, some_forbidden=some_forbidden)
         columns = _columns(policy, ref, both_ways=request.both_ways)
         if not some_forbidden and not bool(torch.stack([c.isfinite().all() for c in columns]).all()):
@@ -136,16 +141,18 @@ def _sums_of_chunk(
     policy_product = Product(hidden[chunk], head, buffers, "policy")
     ref_product = None if request.ref is None else Product(request.ref[0][chunk], request.ref[1], buffers, "ref")
     places = request.tokens[chunk].unsqueeze(1)
+    on_triton = triton_fold.usable(hidden.device)
+    one, pair = (triton_fold.fold_one, triton_fold.fold_pair) if on_triton else (fold_one, fold_pair)
     policy, ref = (empty_normaliser(len(places), hidden.device, accumulated_dtype(hidden.dtype)) for _ in range(2))
     for columns in vocab_tiles(len(places), request.vocab, hidden.device):
         logits = policy_product.logits(columns, temperature=request.temperature)
         choose(policy, logits, places - columns.start)
         if ref_product is None:
-            fold_one(policy, logits, buffers, some_forbidden=some_forbidden)
+            one(policy, logits, buffers, some_forbidden=some_forbidden)
             continue
         ref_logits = ref_product.logits(columns, temperature=request.temperature)
         choose(ref, ref_logits, places - columns.start)
-        fold_pair(policy, ref, logits, ref_logits, buffers, both_ways=request.both_ways, some_forbidden=some_forbidden)
+        pair(policy, ref, logits, ref_logits, buffers, both_ways=request.both_ways, some_forbidden=some_forbidden)
     return policy, None if ref_product is None else ref
 
 
