@@ -9,12 +9,14 @@ done, and the largest |error| of log-probs and KL against float64. The reference
 moved a little; logits have a standard deviation of 3.
 """
 
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,7 +33,7 @@ try:
 except ImportError:
     ChunkedDivergenceFunction = ChunkedLogProbFunction = None
 try:
-    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
+    from liger_kernel.ops import LigerFusedLinearJSDFunction
 except ImportError:
     LigerFusedLinearJSDFunction = None
 
@@ -41,6 +43,8 @@ SHAPES: tuple[Shape, ...] = ((1024, 768, 50257), (256, 2048, 128256), (2048, 256
 CUDA_SHAPES: tuple[Shape, ...] = ((16384, 4096, 128256), (16384, 896, 151936))
 TRL_VOCAB_CHUNK = 32768  # as trl.trainer.utils passes it
 JUDGED_ROWS = 256
+MEMORY_SHAPE: Shape = (256, 2048, 128256)
+FROZEN = "with backward: ours, head frozen"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Options:
     memory: bool = False
     """Also peak memory, each contender in a process of its own."""
     device: Literal["cpu", "cuda"] = "cpu"
+    clock: Literal["wall", "processor"] = "wall"
+    """Processor seconds of all threads: what to read on a busy machine, with one thread."""
     alone: tyro.conf.Suppress[str | None] = None
     """Name of the one contender whose memory this process measures."""
 
@@ -86,14 +92,6 @@ class Contender:
     run: Callable[[Case], Any]
     judged: Callable[[Case], Statistics] | None = None
     products: int = 2
-
-
-@dataclass
-class Row:
-    """What was measured of one contender."""
-
-    seconds: list[float] = field(default_factory=list)
-    errors: str = ""
 
 
 def random_case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
@@ -167,7 +165,7 @@ def trl_chunked(case: Case) -> Statistics:
 def liger_jsd(case: Case) -> Tensor:
     """Mean reverse KL; its forward pass makes the gradients too."""
     loss: Tensor = LigerFusedLinearJSDFunction.apply(
-        *(case.hidden, case.head, case.ref_hidden, case.ref_head, case.tokens), None, None, 0.0, 1.0, 1.0
+        *(case.hidden, case.head, case.ref_hidden, case.ref_head, None), 1.0, -100, 1.0
     )
     return loss
 
@@ -189,11 +187,222 @@ def tile_products(case: Case) -> None:
             torch.mm(case.ref_hidden[chunk], case.ref_head[columns].T, out=buffers.tile("ref", rows, width))
 
 
-def four_products(case: Case) -> tuple[Tensor, Tensor]:
-    """(d) with backward: both logits, the hidden states' gradient and the head's."""
-    full_products(case)
-    logits = case.hidden.detach() @ case.head.detach().T if LOGITS_GRADIENT is None else LOGITS_GRADIENT
-    return logits @ case.head.detach(), logits.T @ case.hidden.detach()
+def four_products(case: Case) -> None:
+    """(d) with backward: both logits, then hidden states' and head's gradient; logits stand for their gradient."""
+    logits = case.hidden @ case.head.T
+    _ = case.ref_hidden @ case.ref_head.T
+    _ = logits @ case.head
+    _ = logits.T @ case.hidden
 
 
-LOGITS_GRADIENT: Tensor | None = None
+def trained(run: Callable[[Case], Statistics]) -> Callable[[Case], tuple[Tensor, ...]]:
+    """Forward and backward of a way to the numbers; returns both gradients."""
+
+    def there_and_back(case: Case) -> tuple[Tensor, ...]:
+        leaves = case.hidden.detach().requires_grad_(), case.head.detach().requires_grad_()
+        logprobs, kl = run(replace(case, hidden=leaves[0], head=leaves[1]))
+        return torch.autograd.grad([logprobs, kl], leaves, case.upstream)  # type: ignore[list-item]
+
+    return there_and_back
+
+
+def liger_trained(case: Case) -> tuple[Tensor, ...]:
+    """Its forward and backward; it cannot take the log-probs along."""
+    leaves = case.hidden.detach().requires_grad_(), case.head.detach().requires_grad_()
+    return torch.autograd.grad(liger_jsd(replace(case, hidden=leaves[0], head=leaves[1])), leaves)
+
+
+def contenders(device: str) -> tuple[list[Contender], list[Contender]]:
+    """Forward, and forward with backward; ours comes first."""
+    forward = [
+        Contender("ours: log-probs, KL, entropy", ours, judged=ours),
+        Contender("ours: log-probs of each model", our_logprobs),
+        Contender("(a) log-probs, full logits", plain_logprobs),
+        Contender("(b) KL, two log-softmaxes", plain_kl, judged=plain_kl),
+        Contender("(d) two products, full", full_products),
+        Contender("(d) two products, tiles", tile_products),
+    ]
+    both = [
+        Contender("ours", trained(ours), products=4),
+        Contender("(b) autograd", trained(plain_kl), products=4),
+        Contender("(d) four products, full", four_products, products=4),
+    ]
+    if ChunkedDivergenceFunction is not None:
+        forward.insert(4, Contender("(c) TRL, chunked", trl_chunked, judged=trl_chunked))
+        both.insert(2, Contender("(c) TRL, chunked", trained(trl_chunked), products=4))
+    if LigerFusedLinearJSDFunction is not None and device == "cuda":
+        both.append(Contender("Liger fused JSD (KL alone)", liger_trained, products=4))
+    return forward, both
+
+
+# --- measurements
+
+
+def seconds_of(run: Callable[[], Any], options: Options) -> float:
+    """Of one call, the results thrown away."""
+    clock = time.process_time if options.clock == "processor" else time.perf_counter
+    _wait(options.device)
+    start = clock()
+    run()
+    _wait(options.device)
+    return clock() - start
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(group: list[Contender], case: Case, options: Options) -> list[list[float]]:
+    """[contender][round] seconds; every round begins with another contender, and one round warms up."""
+    seconds: list[list[float]] = [[] for _ in group]
+    for number in range(options.repeats + 1):
+        for place in range(len(group)):
+            index = (place + number) % len(group)
+            taken = seconds_of(lambda index=index: group[index].run(case), options)  # type: ignore[misc]
+            if number:
+                seconds[index].append(taken)
+    return seconds
+
+
+def truth_of(case: Case) -> tuple[Tensor, Tensor]:
+    """Log-probs and KL of the first rows in float64."""
+    rows = slice(JUDGED_ROWS)
+    exact = replace(
+        case,
+        hidden=case.hidden[rows].double(),
+        head=case.head.double(),
+        ref_hidden=case.ref_hidden[rows].double(),
+        ref_head=case.ref_head.double(),
+        tokens=case.tokens[rows],
+    )
+    stats = token_stats(exact.hidden, exact.head, exact.ref_hidden, exact.ref_head, exact.tokens)
+    return stats.policy_logprobs, stats.kl_policy_ref_per_token
+
+
+def errors_of(contender: Contender, case: Case, truth: tuple[Tensor, Tensor]) -> str:
+    """Largest |error| of log-probs and KL, in nats."""
+    if contender.judged is None:
+        return ""
+    found = contender.judged(case)
+    return " ".join(
+        f"{(own[:JUDGED_ROWS].double() - true).abs().max().item():10.1e}"
+        for own, true in zip(found, truth, strict=True)
+        if own is not None
+    )
+
+
+def print_group(title: str, group: list[Contender], case: Case, options: Options, *, judge: bool) -> None:
+    """One table."""
+    seconds = interleaved(group, case, options)
+    truth = truth_of(case) if judge else None
+    print(
+        f"{title:<46}{'seconds':>9}{'ours / it':>11}{'GFLOP/s':>9}" + (f"{'error: log-prob, KL':>22}" if judge else "")
+    )
+    for contender, own in zip(group, seconds, strict=True):
+        median = statistics.median(own)
+        ratio = statistics.median(ours / its for ours, its in zip(seconds[0], own, strict=True))
+        rate = contender.products * case.gigaflop_of_product / median
+        judged = "" if truth is None else errors_of(contender, case, truth)
+        print(f"  {contender.name:<44}{median:9.4f}{ratio:11.2f}{rate:9.0f} {judged}".rstrip(), flush=True)
+
+
+# --- memory
+
+
+def resident(field: str) -> float:
+    """MiB that this process holds (VmRSS) or held at most (VmHWM)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"Expected {field} in /proc/self/status, found none; memory is measured on Linux only.")
+
+
+def extra_memory(contender: Contender, case: Case, device: str) -> float:
+    """MiB at the peak beyond what was there before, and beyond what the call returns."""
+    small = random_case((64, 32, 256), case.hidden.dtype, device)
+    contender.run(small)  # libraries and threads take their own memory once
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before, peak = torch.cuda.memory_allocated() / 2**20, torch.cuda.max_memory_allocated
+        found = contender.run(case)
+        return peak() / 2**20 - before - _mebibytes(found)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+    before = resident("VmRSS")
+    found = contender.run(case)
+    return resident("VmHWM") - before - _mebibytes(found)
+
+
+def _mebibytes(found: Any) -> float:
+    return sum(tensor.untyped_storage().nbytes() for tensor in found or () if isinstance(tensor, Tensor)) / 2**20
+
+
+def print_memory(title: str, names: list[str], shape: Shape, options: Options, dtype: str) -> None:
+    """Extra memory of some contenders, each in a process of its own."""
+    print(title)
+    for name in names:
+        command = [sys.executable, __file__, "--shapes", *map(str, shape), "--dtypes", dtype, "--alone", name]
+        command += ["--threads", str(options.threads), "--device", options.device]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        print(f"  {name:<44}{float(done.stdout):9.1f} MiB", flush=True)
+
+
+def frozen_head(case: Case) -> tuple[Tensor, ...]:
+    """Ours, forward and backward, where only the hidden states are trained."""
+    leaf = case.hidden.detach().requires_grad_()
+    logprobs, kl = ours(replace(case, hidden=leaf))
+    return torch.autograd.grad([logprobs, kl], [leaf], case.upstream)  # type: ignore[list-item]
+
+
+def named(device: str) -> dict[str, Contender]:
+    """Every contender by the name that the table of memory gives it."""
+    forward, both = contenders(device)
+    found = {contender.name: contender for contender in forward}
+    found |= {f"with backward: {contender.name}": contender for contender in both}
+    return found | {FROZEN: Contender(FROZEN, frozen_head)}
+
+
+def main(options: Options) -> None:
+    """Print the tables."""
+    torch.set_num_threads(options.threads)
+    if options.alone is not None:
+        case = random_case(options.shapes[0], getattr(torch, options.dtypes[0]), options.device)
+        print(extra_memory(named(options.device)[options.alone], case, options.device))
+        return
+    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
+    print(
+        f"torch {torch.__version__}, {device}, {options.threads} threads, {options.clock} clock, "
+        f"medians of {options.repeats}"
+    )
+    if ChunkedDivergenceFunction is None:
+        print("(c) left out: TRL with chunked_divergence is not installed")
+    work = [(shape, dtype) for shape in options.shapes for dtype in options.dtypes]
+    work += [(shape, "bfloat16") for shape in CUDA_SHAPES if options.device == "cuda"]
+    forward, both = contenders(options.device)
+    for shape, dtype in work:
+        case = random_case(shape, getattr(torch, dtype), options.device)
+        with torch.no_grad():
+            print_group(f"forward {shape} {dtype}", forward, case, options, judge=True)
+        if options.backward:
+            print_group(f"forward and backward {shape} {dtype}", both, case, options, judge=False)
+        del case
+    if options.memory:
+        print_memory(
+            f"extra memory at the peak, {MEMORY_SHAPE} float32",
+            list(named(options.device)),
+            MEMORY_SHAPE,
+            options,
+            "float32",
+        )
+        for vocab in (32768, 65536, 131072):
+            print_memory(
+                f"the same, vocabulary {vocab}",
+                ["ours: log-probs, KL, entropy", FROZEN],
+                (*MEMORY_SHAPE[:2], vocab),
+                options,
+                "float32",
+            )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

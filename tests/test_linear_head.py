@@ -312,10 +312,21 @@ def test_what_the_config_names_is_found_and_right(name):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_bias_that_forbids_a_token_is_no_obstacle():
+    model = between(bias=True)
+    model.lm_head.bias[5] = -torch.inf
+    assert linear_head_of(model) == PLAIN
+    ours, theirs = both_logits(model, PLAIN)
+    assert (theirs[..., 5] == -torch.inf).all()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 BEFORE, AFTER = "something between the last hidden states and the head", "logits that are not the head's product"
 REFUSED = {
     "clamp": ({"after": lambda x: x.clamp(-50, 50)}, AFTER),
     "wide clamp": ({"after": lambda x: x.clamp(max=5000)}, AFTER),
+    "small ones cut": ({"after": lambda x: x.where(x.abs() > 0.05, 0)}, AFTER),
     "unnamed cap": ({"after": lambda x: capped(x, 17.3)}, AFTER),
     "wide unnamed cap": ({"after": lambda x: capped(x, 3000.0)}, AFTER),
     "cap under a clamp's name": ({"final_logit_softcapping": 30.0, "after": lambda x: x.clamp(-30, 30)}, AFTER),
@@ -389,6 +400,11 @@ class Unseen(Between):
         return functional.linear(hidden, self.lm_head.weight)
 
 
+class Careless(Between):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, use_cache: bool) -> object:
+        return super().forward(input_ids, torch.ones_like(attention_mask), position_ids, use_cache)
+
+
 class Headless(Between):
     def get_output_embeddings(self) -> None:
         return None
@@ -413,6 +429,10 @@ def with_zeros(model: Between) -> None:
     nn.init.zeros_(model.lm_head.weight)
 
 
+def with_nan(model: Between) -> None:
+    nn.init.constant_(model.transformer.ln_f.bias, float("nan"))
+
+
 def with_replaced_forward(model: Between) -> None:
     model.lm_head.forward = lambda hidden: functional.linear(hidden, model.lm_head.weight)
 
@@ -430,6 +450,8 @@ def nothing(model: Between) -> None:
     [
         (Twice, nothing, "a head that is called 2 times in one forward pass"),
         (Unseen, nothing, "a head that is called 0 times in one forward pass"),
+        (Careless, nothing, BEFORE),
+        (Between, with_nan, "last hidden states that are not finite"),
         (Headless, nothing, "a head of type NoneType, not a plain torch.nn.Linear"),
         (Baseless, nothing, "no base model apart from the model itself"),
         (Between, with_zeros, "a head of zeros, whose logits show nothing"),
@@ -547,6 +569,21 @@ def test_the_probe_works_with_and_without_gradients_and_leaves_the_model_trainab
         assert linear_head_of(model) == PLAIN
     both_logits(model, PLAIN)[0].sum().backward()
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+
+
+def test_what_a_model_remembers_of_the_probe_serves_in_training():
+    table: list[Tensor] = []
+
+    def remembering(logits: Tensor) -> Tensor:
+        if not table:
+            table.append(torch.ones(12))
+        return logits * table[0]
+
+    model = between(after=remembering)
+    assert linear_head_of(model) == PLAIN
+    assert len(table) == 1
+    response_logits(model, *tokens_and_mask(12), 4).sum().backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
 
 
 def test_a_model_in_training_is_looked_at_without_its_dropout():

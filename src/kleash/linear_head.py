@@ -236,7 +236,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 def _named_scales(model: PreTrainedModel) -> list[float]:
     """1, and what the config names as a scale of the logits, as a factor and as a divisor."""
-    return [1.0, *(factor for value in _named(model, SCALES) for factor in (value, 1 / value) if factor != 1.0)]
+    return [1.0, *(factor for value in _named(model, SCALES) for factor in (value, 1 / value))]
 
 
 def _named(model: PreTrainedModel, names: tuple[str, ...]) -> list[float]:

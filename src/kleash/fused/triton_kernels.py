@@ -113,7 +113,7 @@ def gradient_kernel(
 
     Args:
       logits: [tokens, width] z, overwritten.
-      ref_logits: [tokens, width] w; None where neither of_kl nor of_reverse_kl is given.
+      ref_logits: [tokens, width] w; may be None where neither of_kl nor of_reverse_kl is given.
       places: [tokens] int64, y counted over the whole vocabulary.
       log_normaliser, ref_log_normaliser: [tokens] lse_z, lse_w.
       kl, entropy: [tokens] KL and H, nats.
@@ -138,16 +138,15 @@ def gradient_kernel(
         factor += tl.load(of_reverse_kl + row)
     if ref_logits is not None:
         w = tl.load(ref_logits + row * width + columns, mask=inside, other=float("-inf"))
-        if of_kl is not None:
-            upstream = tl.load(of_kl + row)
-            level = tl.load(log_normaliser + row) - tl.load(ref_log_normaliser + row) + tl.load(kl + row)
-            factor += upstream * (_difference(z, w) - tl.where(upstream == 0.0, 0.0, level))
+    if of_kl is not None:
+        upstream = tl.load(of_kl + row)
+        level = tl.load(log_normaliser + row) - tl.load(ref_log_normaliser + row) + tl.load(kl + row)
+        factor += upstream * (_difference(z, w) - tl.where(upstream == 0.0, 0.0, level))
     gradient = tl.where(allowed, _exp(logprobs), 0.0) * factor
-    if ref_logits is not None:
-        if of_reverse_kl is not None:
-            ref_allowed = w != float("-inf")
-            ref_logprobs = tl.where(ref_allowed, w - tl.load(ref_log_normaliser + row), 0.0)
-            gradient -= tl.load(of_reverse_kl + row) * tl.where(ref_allowed, _exp(ref_logprobs), 0.0)
+    if of_reverse_kl is not None:
+        ref_allowed = w != float("-inf")
+        ref_logprobs = tl.where(ref_allowed, w - tl.load(ref_log_normaliser + row), 0.0)
+        gradient -= tl.load(of_reverse_kl + row) * tl.where(ref_allowed, _exp(ref_logprobs), 0.0)
     if of_logprobs is not None:
         gradient += tl.where(start + columns == tl.load(places + row), tl.load(of_logprobs + row), 0.0)
     tl.store(logits + row * width + columns, gradient, mask=inside)
