@@ -38,7 +38,7 @@ class Comparison:
     out: Path
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     betas: tuple[float, ...] = (0.1, 0.25, 3.0)
-    forms: tuple[KLName, ...] = ("k1", "exact")
+    forms: tuple[KLName, ...] = ("k1", "exact", "blend")
     updates: int = 40
     prompts_per_update: int = 64
     learning_rate: float = 3e-4

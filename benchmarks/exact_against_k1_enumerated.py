@@ -39,7 +39,7 @@ class Comparison:
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     betas: tuple[float, ...] = (0.1, 0.3, 1.0)
-    forms: tuple[KLName, ...] = ("k1", "exact")
+    forms: tuple[KLName, ...] = ("k1", "exact", "blend")
     updates: int = 60
     length: int = 4
     learning_rate: float = 0.003

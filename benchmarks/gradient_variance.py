@@ -41,7 +41,7 @@ class Work:
     run: Path
     batches: int = 200
     betas: tuple[float, ...] = (0.25, 3.0)
-    forms: tuple[KLName, ...] = ("k1", "exact")
+    forms: tuple[KLName, ...] = ("k1", "exact", "blend")
     first_update: int = 1_000_000
     """Number that the first batch's prompts and random numbers follow from."""
 
@@ -84,10 +84,10 @@ def gradients(run: Run, work: Work, number: int) -> Iterator[tuple[tuple[str, fl
     for form, beta, part in [*wholes, *alone, ("k1", 0.0, "score alone")]:
         own = torch.zeros_like(scores) if part == "leash alone" else scores
         values = torch.zeros_like(scored.values) if part == "leash alone" else scored.values
-        targets, _ = targets_of(
+        aim = targets_of(
             rollout, replace(scored, values=values), own, config, form=FORMS[form], beta=beta, reduce=one_process
         )
-        yield (form, beta, part), _gradient(run, rows, rollout, targets, config, temperature)
+        yield (form, beta, part), _gradient(run, rows, rollout, aim.targets, config, temperature)
 
 
 def _gradient(

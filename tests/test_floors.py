@@ -16,6 +16,7 @@ FLOORS = {
     **dict.fromkeys(["checks"], 1),
     **dict.fromkeys(["masking", "batch"], 2),
     **dict.fromkeys(["divergence", "estimators", "logprobs", "rewards", "advantages", "losses", "leash", "kl_form"], 3),
+    **dict.fromkeys(["control"], 4),
     **dict.fromkeys(["seeds", "models", "interrupt", "fused"], 4),
     **dict.fromkeys(["linear_head", "prompts", "scorers", "rollout", "verdict"], 5),
     **dict.fromkeys(["language_model"], 6),

@@ -16,7 +16,7 @@ from kleash.training import train_run
 
 def test_the_default_is_unbiased_and_every_other_form_says_what_is_wrong_with_it():
     assert FORMS[RunConfig.model_fields["kl"].default].bias is None
-    assert [name for name, form in FORMS.items() if form.bias is None] == ["exact", "k1"]
+    assert [name for name, form in FORMS.items() if form.bias is None] == ["exact", "k1", "blend"]
     assert not FORMS.keys() & NO_LEASH.keys()
 
 

@@ -4,6 +4,8 @@ Every response of a world goes once through kleash's own scoring, rewards, advan
 from a response is weighed by its probability, so the gradient is the expectation itself, not a sample of it.
 """
 
+from itertools import product
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -31,13 +33,15 @@ class Identity(LinearHead):
 class Table(LanguageModel):
     """A policy that is a table of logits, one row per state; each response weighs as much as `weights` [N] says."""
 
-    def __init__(self, world: World, logits: Tensor, *, weights: Tensor | None = None, linear: bool = True) -> None:
+    def __init__(
+        self, world: World, which: Tensor, logits: Tensor, *, weights: Tensor | None = None, linear: bool = True
+    ) -> None:
         nn.Module.__init__(self)
-        self.logits, self.world, self.weights = nn.Parameter(logits.clone()), world, weights
+        self.logits, self.rows, self.weights = nn.Parameter(logits.clone()), world.states[which], weights
         self.linear, self.vocab, self.model = Identity() if linear else None, world.vocab, self
 
     def states(self, part: MicroBatch) -> Tensor:
-        return self.logits[self.world.states[part.rows, : part.time]][part.response_mask]
+        return self.logits[self.rows[part.rows, : part.time]][part.response_mask]
 
     def forward(self, part: MicroBatch, *others: object, temperature: float) -> PositionStats:
         stats = super().forward(part, *others, temperature=temperature)
@@ -50,28 +54,28 @@ class Table(LanguageModel):
 class Values(nn.Module):
     """A value for each state, out of thin air: any baseline leaves the gradient as it is."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, which: Tensor) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.randn(world.rows, dtype=torch.float64, generator=generator(3)))
-        self.world, self.row = world, 0
+        self.states, self.row = world.states[which], 0
 
     def forward(self, sequences: Tensor, attention_mask: Tensor, time: int) -> Tensor:
         rows = slice(self.row, self.row + len(sequences))
-        self.row = (self.row + len(sequences)) % len(self.world.responses)
-        return self.table[self.world.states[rows, :time]]
+        self.row = (self.row + len(sequences)) % len(self.states)
+        return self.table[self.states[rows, :time]]
 
 
-def every_response(world: World) -> Rollout:
-    """All responses as one rollout; the prompts, of different lengths, are padded on the left."""
-    prompt = torch.stack([world.prompt_of, world.prompt_of], 1)
-    asked = torch.stack([world.prompt_of > 0, torch.ones_like(world.prompt_of, dtype=torch.bool)], 1)
+def these_responses(world: World, which: Tensor) -> Rollout:
+    """Some responses as one rollout; the prompts, of different lengths, are padded on the left."""
+    number, responses, mask = world.prompt_of[which], world.responses[which], world.response_mask[which]
+    asked = torch.stack([number > 0, torch.ones_like(number, dtype=torch.bool)], 1)
     return Rollout(
-        sequences=torch.cat([prompt, world.responses], 1),
-        attention_mask=torch.cat([asked, world.response_mask], 1),
-        response_mask=world.response_mask,
-        rollout_logprobs=torch.zeros(world.response_mask.shape),
-        finished=torch.ones(len(world.responses), dtype=torch.bool),
-        completions=[""] * len(world.responses),
+        sequences=torch.cat([torch.stack([number, number], 1), responses], 1),
+        attention_mask=torch.cat([asked, mask], 1),
+        response_mask=mask,
+        rollout_logprobs=torch.zeros(mask.shape),
+        finished=torch.ones(len(which), dtype=torch.bool),
+        completions=[""] * len(which),
     )
 
 
@@ -92,34 +96,39 @@ class Oracle:
 
         return gradient(objective, self.policy)
 
-    def found_gradient(self, form: str, *, linear: bool = True, parts: int = 1, **changes: object) -> Tensor:
-        """The gradient uphill that the first step of an update takes, times what its mean was divided by."""
+    def found_gradient(self, form: str, **options: object) -> Tensor:
+        """The expectation of the first step's gradient over every response, by its probability."""
+        weights = self.world.sequence_logprobs(self.policy).exp() / self.world.prompts
+        return self.gradient_of(torch.arange(len(weights)), form, weights=weights, **options)
+
+    def gradient_of(
+        self, which: Tensor, form: str, *, weights: Tensor, linear: bool = True, parts: int = 1, **changes: object
+    ) -> Tensor:
+        """The gradient uphill that the first step on these responses takes, times what its mean was divided by."""
         world = self.world
-        weights = world.sequence_logprobs(self.policy).exp() / world.prompts
         config = PPOConfig(
             epochs=1, minibatches=1, gae_lambda=1.0, value_coefficient=0.1, max_gradient_norm=1e12, **changes
         )
-        policy = Table(world, self.policy, weights=weights, linear=linear)
-        models = Models(policy=policy, value=Values(world), reference=Table(world, self.ref, linear=linear))
-        models.reference.requires_grad_(False)
-        rollout, rows = every_response(world), torch.arange(len(world.responses)).chunk(parts)
+        policy = Table(world, which, self.policy, weights=weights, linear=linear)
+        reference = Table(world, which, self.ref, linear=linear).requires_grad_(False)
+        models = Models(policy=policy, value=Values(world, which), reference=reference)
+        rollout, rows = these_responses(world, which), torch.arange(len(which)).chunk(parts)
         kept = FORMS[form].in_loss == "exact" and linear
         scored = score_rollout(models, rollout, list(rows), temperature=1.0, keep_ref_states=kept)
         assert (scored.ref_states is not None) == kept
-        targets, scale = targets_of(
-            rollout, scored, self.scores, config, form=FORMS[form], beta=self.beta, reduce=one_process
+        aim = targets_of(
+            rollout, scored, self.scores[which], config, form=FORMS[form], beta=self.beta, reduce=one_process
         )
         accelerator = Accelerator()
         optimizer = accelerator.prepare(torch.optim.SGD(policy.parameters(), lr=0.0))
         stats = ppo_update(
-            models, rollout, targets, iter([[list(rows)]]), config,
+            models, rollout, aim.targets, iter([[list(rows)]]), config,
             temperature=1.0, optimizer=optimizer, accelerator=accelerator,
         )  # fmt: skip
         assert stats.ratio_max == 1.0
-        per_token = config.reduction == "token_mean"
-        divisor = int(world.response_mask.sum()) if per_token else len(world.responses)
+        divisor = int(rollout.response_mask.sum()) if config.reduction == "token_mean" else len(which)
         assert policy.logits.grad is not None
-        return -policy.logits.grad * divisor * scale
+        return -policy.logits.grad * divisor * aim.scale
 
 
 WORLDS = {
@@ -146,6 +155,29 @@ def test_the_first_step_takes_the_true_gradient(oracle: Oracle, form: str, white
     torch.testing.assert_close(found, truth, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("whiten", [True, False])
+def test_any_shares_of_the_control_variate_leave_the_gradient_as_it_is(
+    oracle: Oracle, whiten: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = torch.tensor([0.3, 0.8], dtype=torch.float64)
+    monkeypatch.setattr("kleash.targets.control_shares", lambda a, *_, **__: fixed.expand(len(a), 2))
+    found = oracle.found_gradient("blend", whiten_advantages=whiten)
+    torch.testing.assert_close(found, oracle.true_gradient(), atol=1e-9, rtol=0)
+
+
+def test_fitted_on_the_other_responses_of_a_batch_the_shares_leave_it_too() -> None:
+    """The expectation over every batch of two that can be drawn, shares and all."""
+    oracle = Oracle(World(vocab=3, length=2, eos=0))
+    weights = oracle.world.sequence_logprobs(oracle.policy).exp()
+    expected = torch.zeros_like(oracle.policy)
+    for pair in product(range(len(weights)), repeat=2):
+        which = torch.tensor(pair)
+        even = torch.full((2,), 0.5, dtype=torch.float64)  # each response is half of the mean
+        one = oracle.gradient_of(which, "blend", weights=even, whiten_advantages=False, reduction="sequence_sum")
+        expected += weights[which].prod() * one
+    torch.testing.assert_close(expected, oracle.true_gradient(), atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("form", ["exact", "k1"])
 def test_full_logits_and_micro_batches_take_it_too(form: str) -> None:
     oracle = Oracle(WORLDS["2 prompts, EOS within 4"])
@@ -169,6 +201,7 @@ def test_each_biased_form_is_as_wrong_as_the_house_says() -> None:
     found = {form: oracle.found_gradient(form, whiten_advantages=False) for form in FORMS}
     wrong = {name: (float(one.norm() / truth.norm()), cosine(one, truth)) for name, one in found.items()}
     assert wrong["exact"] == pytest.approx((1, 1), abs=1e-9)
+    assert wrong.pop("blend")[1] > 0.99  # its shares are fitted to responses as if they were equally likely
     assert wrong["k1"] == pytest.approx((1, 1), abs=1e-9)
     assert wrong["exact_in_loss"] == pytest.approx((0.82, 0.952), abs=5e-3)
     torch.testing.assert_close(found["k2_in_loss"], found["exact_in_loss"], atol=1e-12, rtol=0)

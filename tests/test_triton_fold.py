@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -91,6 +91,11 @@ def on(case: Case, device: torch.device) -> Case:
     )
 
 
+def tiles_of(case: Case) -> AbstractContextManager[None]:
+    """Many tiny tiles for a small vocabulary, one of the usual size for a large one."""
+    return tiny_tiles() if case.counted < 100 else nullcontext()
+
+
 @contextmanager
 def folded_in(*, triton: bool) -> Iterator[None]:
     """Within, every device folds with Triton, or none."""
@@ -104,7 +109,7 @@ def folded_in(*, triton: bool) -> Iterator[None]:
 
 def check_values(name: str, device: torch.device) -> None:
     case = on(CASES[name](), device)
-    with tiny_tiles(), folded_in(triton=True):
+    with tiles_of(case), folded_in(triton=True):
         found = case.fused()
     with folded_in(triton=False):
         plain_fold = case.fused()
@@ -115,7 +120,7 @@ def check_values(name: str, device: torch.device) -> None:
 def check_gradients(name: str, device: torch.device) -> None:
     """Of each statistic alone and of all together."""
     case = on(CASES[name](), device).with_gradients()
-    with tiny_tiles(), folded_in(triton=True):
+    with tiles_of(case), folded_in(triton=True):
         found = case.fused()
         upstream = drawn_upstream(found)
         total = [torch.zeros_like(leaf) for leaf in case.trained()]

@@ -10,7 +10,7 @@ biased forms are this far off: norm and cosine
 from dataclasses import dataclass
 from typing import Literal
 
-KLName = Literal["exact", "k1", "exact_in_loss", "k2_in_loss", "k3_in_loss", "k3_in_reward"]
+KLName = Literal["exact", "k1", "blend", "exact_in_loss", "k2_in_loss", "k3_in_loss", "k3_in_reward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +19,20 @@ class KLForm:
 
     in_reward: exact = that of later positions; k1, k3 = the token's own estimate.
     in_loss:   exact = of each position over the vocabulary; k2, k3 = estimates differentiated as they are.
+    blended:   k1 is a control variate of the exact form: see kleash.control.
     bias:      what is wrong with its gradient, in words that end a sentence; None = nothing.
     """
 
     in_reward: Literal["exact", "k1", "k3"] | None = None
     in_loss: Literal["exact", "k2", "k3"] | None = None
+    blended: bool = False
     bias: str | None = None
 
 
 FORMS: dict[KLName, KLForm] = {
     "exact": KLForm(in_reward="exact", in_loss="exact"),
     "k1": KLForm(in_reward="k1"),
+    "blend": KLForm(in_reward="exact", in_loss="exact", blended=True),
     "exact_in_loss": KLForm(
         in_loss="exact",
         bias="a token does not answer for the drift after it",

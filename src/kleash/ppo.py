@@ -76,15 +76,16 @@ def minibatches_of(rows: int, config: PPOConfig, generator: torch.Generator) -> 
 class Targets:
     """What the steps of an update aim at; tensors are [batch, time] without gradient: see kleash.losses.
 
-    kl_weight stands before the KL in the loss: beta, divided by what the advantages were divided by. ref_states are
-    what the rollout's scoring kept of the reference, None where it kept nothing.
+    kl_weight stands before the KL in the loss: beta, divided by what the advantages were divided by; it and
+    ref_logprobs are there if kl_in_loss is. ref_states are what the rollout's scoring kept of the reference, if
+    anything.
     """
 
     old_logprobs: Tensor
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
-    kl_weight: float = 0.0
+    kl_weight: Tensor | None = None
     kl_in_loss: Literal["exact", "k2", "k3"] | None = None
     ref_logprobs: Tensor | None = None
     ref_states: Tensor | None = None
@@ -147,21 +148,24 @@ def _stats_and_leash_loss(
 ) -> tuple[PositionStats, Tensor]:
     """What the policy says now, and kl_weight * the sum of the KL in the loss, both with gradient."""
     mask, form = part.response_mask, targets.kl_in_loss
-    if form != "exact" or targets.kl_weight == 0:
+    if form is None or targets.kl_weight is None:
         stats = models.policy(part, None, None, temperature=temperature)
-        if form is None or form == "exact" or targets.kl_weight == 0:
-            return stats, torch.zeros_like(stats.policy_logprobs[0, 0])
-        estimate = {"k2": kl_policy_ref_per_token_k2, "k3": kl_policy_ref_per_token_k3}[form]
-        assert targets.ref_logprobs is not None
-        kl = estimate(stats.policy_logprobs, part.own(targets.ref_logprobs), mask)
-        return stats, targets.kl_weight * kl.sum()
-    if targets.ref_states is None:
-        with torch.no_grad():
-            ref_states = models.reference.states(part)
-    else:
-        ref_states = part.own(targets.ref_states)[mask]
-    stats = models.policy(part, models.reference, ref_states, temperature=temperature)
-    return stats, targets.kl_weight * stats.kl_policy_ref_per_token.sum()
+        return stats, stats.policy_logprobs.new_zeros(())
+    weight = part.own(targets.kl_weight)
+    if form == "exact":
+        stats = models.policy(part, models.reference, _ref_states(models, part, targets), temperature=temperature)
+        return stats, (weight * stats.kl_policy_ref_per_token).sum()
+    assert targets.ref_logprobs is not None
+    stats = models.policy(part, None, None, temperature=temperature)
+    estimate = {"k2": kl_policy_ref_per_token_k2, "k3": kl_policy_ref_per_token_k3}[form]
+    return stats, (weight * estimate(stats.policy_logprobs, part.own(targets.ref_logprobs), mask)).sum()
+
+
+@torch.no_grad()
+def _ref_states(models: Models, part: MicroBatch, targets: Targets) -> Tensor:
+    """The reference's states of a micro-batch: kept from the rollout, or else from another forward pass."""
+    kept = targets.ref_states
+    return models.reference.states(part) if kept is None else part.own(kept)[part.response_mask]
 
 
 @dataclass(frozen=True, kw_only=True)

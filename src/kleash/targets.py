@@ -1,15 +1,32 @@
 """From scores and drift to what the steps of an update aim at."""
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from kleash.advantages import generalized_advantages
 from kleash.batch import Rollout
+from kleash.control import control_shares, control_variates
 from kleash.estimators import kl_policy_ref_per_token_k1, kl_policy_ref_per_token_k3
 from kleash.kl_form import KLForm
 from kleash.masking import Reduce
 from kleash.ppo import PPOConfig, Targets, whitened_advantages
 from kleash.rewards import adjusted_rewards, adjusted_rewards_exact, missing_eos_penalised
 from kleash.scoring import Scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aim:
+    """The targets of an update's steps, and two figures of how they came about.
+
+    scale:  what the advantages were divided by.
+    shares: mean of (c_own, c_later), how much of k1's noise stands against that of the score; 0 unless blended.
+    """
+
+    targets: Targets
+    scale: float
+    shares: tuple[float, float]
 
 
 def targets_of(
@@ -21,7 +38,7 @@ def targets_of(
     form: KLForm,
     beta: float,
     reduce: Reduce,
-) -> tuple[Targets, float]:
+) -> Aim:
     """Adjusted rewards, advantages and returns of a rollout, and the weight of the KL in the loss.
 
     Args:
@@ -32,9 +49,6 @@ def targets_of(
       form: how the KL enters training.
       beta: KL coefficient, score units per nat.
       reduce: adds a tensor over processes.
-
-    Returns:
-      (the targets, what the advantages were divided by).
     """
     mask = rollout.response_mask
     penalised = missing_eos_penalised(scores, rollout.finished, penalty=config.missing_eos_penalty)
@@ -42,18 +56,29 @@ def targets_of(
     advantages, returns = generalized_advantages(
         rewards, scored.values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
     )
+    shares = torch.zeros(len(scores), 2, dtype=torch.float64, device=advantages.device)
+    if form.blended and beta:
+        k1 = kl_policy_ref_per_token_k1(scored.policy_logprobs, scored.ref_logprobs, mask)
+        own, later = control_variates(
+            k1, scored.kl_policy_ref_per_token, mask, beta=beta, gamma=config.gamma, gae_lambda=config.gae_lambda
+        )
+        shares = control_shares(advantages, own, later, mask, reduce=reduce)
+        c_own, c_later = shares.to(advantages.dtype).unsqueeze(1).unbind(-1)
+        control = c_own * own + c_later * later
+        advantages, returns = advantages + control, returns + control
     whitened, scale = whitened_advantages(advantages, mask, config, reduce=reduce)
     targets = Targets(
         old_logprobs=scored.policy_logprobs,
         old_values=scored.values,
         advantages=whitened,
         returns=returns,
-        kl_weight=beta / scale,
-        kl_in_loss=form.in_loss,
+        kl_weight=(beta / scale * (1 - shares[:, :1])).to(advantages.dtype).expand(mask.shape),
+        kl_in_loss=form.in_loss if beta else None,
         ref_logprobs=scored.ref_logprobs,
         ref_states=scored.ref_states,
     )
-    return targets, scale
+    c_own, c_later = (reduce(shares.mean(0)) / reduce(shares.new_ones(1))).tolist()
+    return Aim(targets=targets, scale=scale, shares=(c_own, c_later))
 
 
 def _rewards(form: KLForm, scored: Scored, scores: Tensor, mask: Tensor, *, beta: float, gamma: float) -> Tensor:

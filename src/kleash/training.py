@@ -133,15 +133,13 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str
                 keep_ref_states=form.in_loss == "exact",
             )
         figures = _gathered(run, sequence_figures(rollout, scored, scores, eval_scores))
-        targets, scale = targets_of(
-            rollout, scored, scores, config.ppo, form=form, beta=run.leash.beta, reduce=run.add_up
-        )
+        aim = targets_of(rollout, scored, scores, config.ppo, form=form, beta=run.leash.beta, reduce=run.add_up)
         with clock.phase("optimising"):
             run.weights_are_between_updates = False
             stats = ppo_update(
                 run.models,
                 rollout,
-                targets,
+                aim.targets,
                 chain([first_epoch], epochs),
                 config.ppo,
                 temperature=config.rollout.temperature,
@@ -155,8 +153,11 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str
             missing_eos_penalty=config.ppo.missing_eos_penalty,
             beta=run.leash.beta,
             learning_rate=float(run.scheduler.get_last_lr()[0]),
-            advantage_std=scale,
-            explained=explained_variance(targets.old_values, targets.returns, rollout.response_mask, reduce=run.add_up),
+            advantage_std=aim.scale,
+            control_shares=aim.shares,
+            explained=explained_variance(
+                aim.targets.old_values, aim.targets.returns, rollout.response_mask, reduce=run.add_up
+            ),
         )
         run.leash = run.leash.after(figures.kl_interval.mean, sequences=figures.kl_interval.n)
         run.scheduler.step()

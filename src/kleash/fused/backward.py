@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kleash.fused import triton_fold
+from kleash.fused.fold import exp_
 from kleash.fused.head import Head
 from kleash.fused.tiles import Buffers, Product, bfloat16_products, slope_of_logits, token_chunks, vocab_tiles
 
@@ -93,8 +94,10 @@ def head_gradients(
     hidden, head = policy
     dtype, device = saved.log_normaliser.dtype, hidden.device
     buffers = Buffers(device, dtype)
-    hidden_gradient = torch.zeros(hidden.shape, device=device, dtype=dtype)
-    weight_gradient = torch.zeros(head.weight.shape, device=device, dtype=dtype) if weight_wanted else None
+    hidden_gradient = torch.empty(hidden.shape, device=device, dtype=dtype)
+    weight_gradient = torch.empty(head.weight.shape, device=device, dtype=dtype) if weight_wanted else None
+    if weight_gradient is not None:
+        weight_gradient[vocab:] = 0
     bias_gradient = torch.zeros(head.vocab, device=device, dtype=dtype) if bias_wanted else None
     for chunk in token_chunks(len(hidden), device):
         own = Product(hidden[chunk], head, buffers, "policy")
@@ -109,11 +112,11 @@ def head_gradients(
             )
             if isinstance(slope, Tensor) or slope != 1.0:
                 tile.mul_(slope)
-            cast = own.cast(tile)
+            cast, weight = own.cast(tile), own.weight(columns)
             with bfloat16_products(hidden):
-                _add_product(hidden_gradient[chunk], cast, own.weight(columns))
+                _add_product(hidden_gradient[chunk], cast, weight, first=columns.start == 0)
                 if weight_gradient is not None:
-                    _add_product(weight_gradient[columns], cast.T, own.hidden)
+                    _add_product(weight_gradient[columns], cast.T, own.hidden, first=chunk.start == 0)
             if bias_gradient is not None:
                 bias_gradient[columns] += tile.sum(0)
     return HeadGradients(hidden=hidden_gradient, weight=weight_gradient, bias=bias_gradient)
@@ -141,7 +144,7 @@ def _logits_gradient(
     ref_weights = None
     if upstream.reverse_kl is not None and ref_logits is not None and saved.ref_log_normaliser is not None:
         ref_weights = torch.sub(ref_logits, saved.ref_log_normaliser, out=buffers.tile("ref weights", *logits.shape))
-        ref_weights.exp_().mul_(upstream.reverse_kl)
+        exp_(ref_weights, ref_weights).mul_(upstream.reverse_kl)
     factor: Tensor = _constant_factor(saved, upstream)
     if upstream.kl is not None and ref_logits is not None:
         difference = torch.sub(logits, ref_logits, out=ref_logits)
@@ -151,7 +154,8 @@ def _logits_gradient(
     if upstream.entropy is not None:
         energies = logits if forbidden is None else logits.masked_fill(forbidden, 0.0)
         factor = torch.addcmul(factor, energies, upstream.entropy, value=-1)
-    gradient = logits.sub_(saved.log_normaliser).exp_().mul_(factor)
+    logits.sub_(saved.log_normaliser)
+    gradient = exp_(logits, logits).mul_(factor)
     if ref_weights is not None:
         gradient.sub_(ref_weights)
     if upstream.logprobs is not None:
@@ -176,9 +180,11 @@ def _constant_factor(saved: Saved, upstream: Upstream) -> Tensor:
     return factor
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, added up in the precision of the total."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """total += left @ right, added up in the precision of the total; the first one finds it uninitialised."""
     if total.dtype == right.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=0 if first else 1)
+    elif first:
+        torch.mm(left, right, out_dtype=total.dtype, out=total)
     else:
         total += torch.mm(left, right, out_dtype=total.dtype)

@@ -21,6 +21,7 @@ from torch import Tensor
 from kleash.fused.tiles import Buffers
 
 BELOW_EVERY_LOGIT = -1e30
+LOG2_E = math.log2(math.e)
 
 
 @dataclass(kw_only=True)
@@ -131,13 +132,22 @@ def _fold(own: Normaliser, logits: Tensor, buffers: Buffers, *, with_energy: boo
     rescale = lowered.exp()
     logits.sub_(shift)
     if with_energy:
-        weights = torch.exp(logits, out=buffers.tile("weights", *logits.shape))
+        weights = exp_(logits, buffers.tile("weights", *logits.shape))
         if some_forbidden:
             logits.masked_fill_(logits == -math.inf, 0.0)
         own.energy = (own.energy + own.total * lowered) * rescale + torch.linalg.vecdot(weights, logits).unsqueeze(1)
     else:
-        weights = logits.exp_()
+        weights = exp_(logits, logits)
     own.total = own.total * rescale + weights.sum(1, keepdim=True)
     own.cross = own.cross * rescale
     own.shift = shift
     return weights
+
+
+def exp_(exponents: Tensor, out: Tensor) -> Tensor:
+    """exp of exponents that are not above 0, into `out`, which may be themselves.
+
+    By way of exp2, which torch computes three times as fast on a CPU; rounding x log2(e) costs |x| exp(x) half an ulp
+    at most, less than the sums lose anyway.
+    """
+    return torch.mul(exponents, LOG2_E, out=out).exp2_()
