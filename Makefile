@@ -1,7 +1,7 @@
 # make demo    the main job, from nothing to a report (about ten minutes on two cores)
 # make test    every test
 # make check   what a commit must pass: format, lint, types, the tests that take seconds, floors
-# make bench   seconds by phase and peak memory of a PPO update
+# make bench   seconds by phase and peak memory of a PPO update; what the exact KL costs
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,6 +26,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/ppo_step.py
+	$(BIN)/python benchmarks/kl_cost.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -63,7 +63,7 @@ def figures(eval_scores: torch.Tensor | None = None) -> SequenceFigures:
 def record(of: SequenceFigures, **changes: object) -> dict:
     numbers = {
         "missing_eos_penalty": 0.3, "beta": 0.1, "learning_rate": 1e-5, "advantage_std": 1.25, "explained": 0.75,
-        "control_shares": (0.5, 0.25),
+        "share_of_k1": 0.25,
     }  # fmt: skip
     return record_of(7, of, STATS, **{**numbers, **changes})
 
@@ -133,8 +133,7 @@ def test_every_figure_of_a_record_equals_its_hand_sum():
         "learning_rate": 1e-5,
         "explained_variance": 0.75,
         "advantage_std": 1.25,
-        "control_share_own": 0.5,
-        "control_share_later": 0.25,
+        "share_of_k1": 0.25,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
     for name in ("score", "eval_score"):

@@ -156,11 +156,11 @@ def test_the_first_step_takes_the_true_gradient(oracle: Oracle, form: str, white
 
 
 @pytest.mark.parametrize("whiten", [True, False])
-def test_any_shares_of_the_control_variate_leave_the_gradient_as_it_is(
+def test_any_share_of_the_control_variate_leaves_the_gradient_as_it_is(
     oracle: Oracle, whiten: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fixed = torch.tensor([0.3, 0.8], dtype=torch.float64)
-    monkeypatch.setattr("kleash.targets.control_shares", lambda a, *_, **__: fixed.expand(len(a), 2))
+    share = torch.tensor(0.3, dtype=torch.float64)
+    monkeypatch.setattr("kleash.targets.control_shares", lambda a, *_, **__: share.expand(len(a)))
     found = oracle.found_gradient("blend", whiten_advantages=whiten)
     torch.testing.assert_close(found, oracle.true_gradient(), atol=1e-9, rtol=0)
 

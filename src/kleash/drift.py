@@ -134,13 +134,10 @@ GLOSSARY: dict[str, Metric] = {
     "advantage_std": Metric(
         meaning="What the advantages were divided by (1 without whitening)", unit="score", healthy="above 0"
     ),
-    "control_share_own": Metric(
-        meaning="kl: blend; share of k1's noise at a token that is put against the score's, 0 = exact, 1 = k1",
+    "share_of_k1": Metric(
+        meaning="kl: blend; how much of the leash is k1's, the rest is exact, mean over responses; 0 for other forms",
         unit="share",
         healthy="0 at first, rises towards 1 near the optimum",
-    ),
-    "control_share_later": Metric(
-        meaning="kl: blend; the same share for the noise of the tokens after it", unit="share", healthy="as above"
     ),
 }
 
@@ -214,7 +211,7 @@ def record_of(
     beta: float,
     learning_rate: float,
     advantage_std: float,
-    control_shares: tuple[float, float],
+    share_of_k1: float,
     explained: float | None,
 ) -> Record:
     """The line that records.jsonl gets for an update: every key of GLOSSARY, None where a figure is not finite."""
@@ -259,8 +256,7 @@ def record_of(
         "learning_rate": learning_rate,
         "explained_variance": explained,
         "advantage_std": advantage_std,
-        "control_share_own": control_shares[0],
-        "control_share_later": control_shares[1],
+        "share_of_k1": share_of_k1,
     }
     return {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
 

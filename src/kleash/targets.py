@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kleash.advantages import generalized_advantages
 from kleash.batch import Rollout
-from kleash.control import control_shares, control_variates
+from kleash.control import control_shares, control_variate
 from kleash.estimators import kl_policy_ref_per_token_k1, kl_policy_ref_per_token_k3
 from kleash.kl_form import KLForm
 from kleash.masking import Reduce
@@ -20,13 +20,13 @@ from kleash.scoring import Scored
 class Aim:
     """The targets of an update's steps, and two figures of how they came about.
 
-    scale:  what the advantages were divided by.
-    shares: mean of (c_own, c_later), how much of k1's noise stands against that of the score; 0 unless blended.
+    scale:       what the advantages were divided by.
+    share_of_k1: 0 where the KL came in exactly, 1 as k1; between them only if blended, mean over responses.
     """
 
     targets: Targets
     scale: float
-    shares: tuple[float, float]
+    share_of_k1: float
 
 
 def targets_of(
@@ -56,29 +56,28 @@ def targets_of(
     advantages, returns = generalized_advantages(
         rewards, scored.values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
     )
-    shares = torch.zeros(len(scores), 2, dtype=torch.float64, device=advantages.device)
+    shares = torch.zeros(len(scores), dtype=torch.float64, device=advantages.device)
     if form.blended and beta:
         k1 = kl_policy_ref_per_token_k1(scored.policy_logprobs, scored.ref_logprobs, mask)
-        own, later = control_variates(
+        control = control_variate(
             k1, scored.kl_policy_ref_per_token, mask, beta=beta, gamma=config.gamma, gae_lambda=config.gae_lambda
         )
-        shares = control_shares(advantages, own, later, mask, reduce=reduce)
-        c_own, c_later = shares.to(advantages.dtype).unsqueeze(1).unbind(-1)
-        control = c_own * own + c_later * later
-        advantages, returns = advantages + control, returns + control
+        shares = control_shares(advantages, control, mask, reduce=reduce)
+        counted = shares.to(control.dtype).unsqueeze(1) * control
+        advantages, returns = advantages + counted, returns + counted
     whitened, scale = whitened_advantages(advantages, mask, config, reduce=reduce)
     targets = Targets(
         old_logprobs=scored.policy_logprobs,
         old_values=scored.values,
         advantages=whitened,
         returns=returns,
-        kl_weight=(beta / scale * (1 - shares[:, :1])).to(advantages.dtype).expand(mask.shape),
+        kl_weight=(beta / scale * (1 - shares.unsqueeze(1))).to(advantages.dtype).expand(mask.shape),
         kl_in_loss=form.in_loss if beta else None,
         ref_logprobs=scored.ref_logprobs,
         ref_states=scored.ref_states,
     )
-    c_own, c_later = (reduce(shares.mean(0)) / reduce(shares.new_ones(1))).tolist()
-    return Aim(targets=targets, scale=scale, shares=(c_own, c_later))
+    share = float(reduce(shares.mean()) / reduce(shares.new_ones(())))
+    return Aim(targets=targets, scale=scale, share_of_k1=share)
 
 
 def _rewards(form: KLForm, scored: Scored, scores: Tensor, mask: Tensor, *, beta: float, gamma: float) -> Tensor:

@@ -154,7 +154,7 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str
             beta=run.leash.beta,
             learning_rate=float(run.scheduler.get_last_lr()[0]),
             advantage_std=aim.scale,
-            control_shares=aim.shares,
+            share_of_k1=aim.share_of_k1,
             explained=explained_variance(
                 aim.targets.old_values, aim.targets.returns, rollout.response_mask, reduce=run.add_up
             ),

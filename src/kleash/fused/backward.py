@@ -137,8 +137,15 @@ def _logits_gradient(
         return triton_fold.logits_gradient(
             *(logits, ref_logits),
             start=start,
-            **vars(saved),
-            **{f"of_{name}": column for name, column in vars(upstream).items()},
+            places=saved.places,
+            log_normaliser=saved.log_normaliser,
+            ref_log_normaliser=saved.ref_log_normaliser,
+            kl=saved.kl,
+            entropy=saved.entropy,
+            of_logprobs=upstream.logprobs,
+            of_kl=upstream.kl,
+            of_entropy=upstream.entropy,
+            of_reverse_kl=upstream.reverse_kl,
         )
     forbidden = (logits == -math.inf) if some_forbidden else None
     ref_weights = None

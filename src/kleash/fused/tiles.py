@@ -63,7 +63,6 @@ class Product:
         self._native = hidden.is_cuda and halves and self._accumulated == torch.float32
         self._hidden = hidden if self._native else hidden.to(self._accumulated)
         self._head, self._buffers, self._name = head, buffers, name
-        self._lifted: tuple[slice, Tensor] | None = None
 
     @property
     def hidden(self) -> Tensor:
@@ -72,22 +71,16 @@ class Product:
 
     def weight(self, columns: slice) -> Tensor:
         """[columns, hidden] rows of the head, as the products use them."""
-        rows = self._head.weight[columns]
-        if rows.dtype == self._hidden.dtype:
-            return rows
-        if self._lifted is None or self._lifted[0] != columns:
-            self._lifted = (columns, self._buffers.tile(f"{self._name} weight", *rows.shape).copy_(rows))
-        return self._lifted[1]
+        return self._head.weight[columns] if self._native else self._head.weight[columns].to(self._accumulated)
 
     def logits(self, columns: slice, *, temperature: float) -> Tensor:
         """[tokens, columns] logits / temperature, in memory that the next tile takes over."""
         tile = self._buffers.tile(self._name, len(self._hidden), columns.stop - columns.start)
-        weight = self.weight(columns)
         if self._native:
-            torch.mm(self._hidden, weight.T, out_dtype=torch.float32, out=tile)
+            torch.mm(self._hidden, self.weight(columns).T, out_dtype=torch.float32, out=tile)
         else:
             with bfloat16_products(self._given):
-                torch.mm(self._hidden, weight.T, out=tile)
+                torch.mm(self._hidden, self.weight(columns).T, out=tile)
         head = self._head
         if head.bias is not None:
             tile.add_(head.bias[columns])

@@ -64,7 +64,7 @@ def _fold(
     from kleash.fused.triton_kernels import fold_kernel
 
     rows, width = logits.shape
-    with torch.cuda.device_of(logits):
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
         fold_kernel[(rows,)](
             logits,
             other_logits,
@@ -113,7 +113,7 @@ def logits_gradient(
     rows, width = logits.shape
     known = (places, log_normaliser, ref_log_normaliser, kl, entropy)
     upstream = (of_logprobs, of_kl, of_entropy, of_reverse_kl)
-    with torch.cuda.device_of(logits):
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
         gradient_kernel[(rows, -(-width // BLOCK))](
             logits,
             ref_logits,

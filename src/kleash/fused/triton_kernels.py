@@ -43,7 +43,7 @@ def fold_kernel(
       shift, total, energy, cross, ref_shift, ref_total, ref_cross: [tokens], of the logits' type, updated.
       reaches_forbidden, ref_reaches_forbidden: [tokens] uint8, updated.
       width: columns of the tile.
-      both_ways: also ref_cross.
+      both_ways: also ref_cross, which is not touched otherwise.
       block: columns taken at once.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -57,8 +57,9 @@ def fold_kernel(
         own_reaches = first & (tl.load(reaches_forbidden + row) != 0)
         other_shift = tl.load(ref_shift + row)
         other_total = tl.where(first, tl.load(ref_total + row), 0.0)
-        other_cross = tl.where(first, tl.load(ref_cross + row), 0.0)
         other_reaches = first & (tl.load(ref_reaches_forbidden + row) != 0)
+    if both_ways:
+        other_cross = tl.where(first, tl.load(ref_cross + row), 0.0)
     for start in range(0, width, block):
         columns = start + lanes
         z = tl.load(logits + row * width + columns, mask=columns < width, other=float("-inf"))
@@ -85,8 +86,9 @@ def fold_kernel(
         tl.store(reaches_forbidden + row, tl.max(own_reaches.to(tl.int32), 0).to(tl.uint8))
         tl.store(ref_shift + row, other_shift)
         tl.store(ref_total + row, tl.sum(other_total, 0))
-        tl.store(ref_cross + row, tl.sum(other_cross, 0))
         tl.store(ref_reaches_forbidden + row, tl.max(other_reaches.to(tl.int32), 0).to(tl.uint8))
+    if both_ways:
+        tl.store(ref_cross + row, tl.sum(other_cross, 0))
 
 
 @triton.jit
