@@ -115,8 +115,10 @@ def figures_of(work: Comparison, seed: int, beta: float, form: KLName) -> dict[s
     gold = smoothed([record["eval_score_mean"] for record in records])
     half = kl[len(kl) // 2 :]
     jumps = [b - a for a, b in pairwise(half)]
+    judged = json.loads(beside(out, "json").read_text(encoding="utf-8"))
     figures: dict[str, float | None] = {
-        **json.loads(beside(out, "json").read_text(encoding="utf-8")),
+        **judged,
+        "score - beta KL": judged["score"] - beta * judged["kl"],
         "KL, second half": statistics.fmean(half),
         "jump of KL": statistics.pstdev(jumps),
         "ms/update": 1000 * statistics.median(row["seconds_total"] for row in timings),

@@ -63,8 +63,8 @@ class Options:
     device: Literal["cpu", "cuda"] = "cpu"
     clock: Literal["wall", "processor"] = "wall"
     """Processor seconds of all threads: what to read on a busy machine, with one thread."""
-    alone: tyro.conf.Suppress[str | None] = None
-    """Name of the one contender whose memory this process measures."""
+    alone: str | None = None
+    """Print only the extra memory of the contender of this name, at the first shape and type: `memory` does so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,12 +187,11 @@ def tile_products(case: Case) -> None:
             torch.mm(case.ref_hidden[chunk], case.ref_head[columns].T, out=buffers.tile("ref", rows, width))
 
 
-def four_products(case: Case) -> None:
+def four_products(case: Case) -> tuple[Tensor, ...]:
     """(d) with backward: both logits, then hidden states' and head's gradient; logits stand for their gradient."""
     logits = case.hidden @ case.head.T
     _ = case.ref_hidden @ case.ref_head.T
-    _ = logits @ case.head
-    _ = logits.T @ case.hidden
+    return logits @ case.head, logits.T @ case.hidden
 
 
 def trained(run: Callable[[Case], Statistics]) -> Callable[[Case], tuple[Tensor, ...]]:

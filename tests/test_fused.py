@@ -786,3 +786,20 @@ def test_summed_over_sampled_responses_the_kl_is_the_sequence_kl_without_bias(wo
     torch.testing.assert_close(expected, world.sequence_kl(policy, ref), atol=1e-12, rtol=0)
     for logits, logprobs in ((policy, stats.policy_logprobs), (ref, stats.ref_logprobs)):
         torch.testing.assert_close(per_sequence(logprobs), world.sequence_logprobs(logits), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("offset", [10.0, 100.0, 1000.0])
+def test_a_constant_between_the_two_models_costs_no_more_digits_than_the_plain_way(offset):
+    """Softmax does not see it; the sums compare shifted logits, so they do not either."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(64, 64, generator=draw), torch.randn(5000, 64, generator=draw) * 0.35
+    ref_hidden = hidden + 0.05 * torch.randn(64, 64, generator=draw)
+    bias, tokens = torch.full((5000,), offset), torch.zeros(64, dtype=torch.int64)
+    fused = token_stats(hidden, head, ref_hidden, head, tokens, policy_bias=bias).kl_policy_ref_per_token
+
+    def plainly(kind):
+        log_pi = full_log_probs(hidden.to(kind) @ head.to(kind).T + bias.to(kind))
+        return kl_divergence(log_pi, full_log_probs(ref_hidden.to(kind) @ head.to(kind).T))
+
+    truth = plainly(torch.float64)
+    assert (fused - truth).abs().max() <= 1.25 * (plainly(torch.float32) - truth).abs().max() + 1e-7

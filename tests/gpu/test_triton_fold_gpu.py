@@ -7,6 +7,7 @@ import torch
 from test_fused import random_case
 from test_triton_fold import (
     CASES,
+    check_exp,
     check_extremes,
     check_gradients,
     check_itself,
@@ -70,7 +71,14 @@ def test_the_error_of_the_gradient_is_that_of_the_torch_formula():
 
 @pytest.mark.parametrize(
     "check",
-    [check_policy_alone, check_one_way, check_left_out_infinity, check_extremes, check_nothing_is_done_twice],
+    [
+        check_policy_alone,
+        check_one_way,
+        check_exp,
+        check_left_out_infinity,
+        check_extremes,
+        check_nothing_is_done_twice,
+    ],
 )
 def test_what_else_holds_in_the_interpreter(check):
     check(GPU)

@@ -3,8 +3,8 @@
 With z the policy's logits, w the reference's, and lse their log-normalisers:
 
     d log pi(y) / d z_v      = [v = y] - pi_v
-    d KL(pi || rho) / d z_v  = pi_v ((z_v - w_v) - (lse_z - lse_w) - KL)
-    d H / d z_v              = -pi_v (z_v - lse_z + H)
+    d KL(pi || rho) / d z_v  = pi_v (log pi_v - log rho_v - KL),   log pi = z - lse_z,  log rho = w - lse_w
+    d H / d z_v              = -pi_v (log pi_v + H)
     d KL(rho || pi) / d z_v  = pi_v - rho_v
 """
 
@@ -147,22 +147,23 @@ def _logits_gradient(
             of_entropy=upstream.entropy,
             of_reverse_kl=upstream.reverse_kl,
         )
-    forbidden = (logits == -math.inf) if some_forbidden else None
-    ref_weights = None
-    if upstream.reverse_kl is not None and ref_logits is not None and saved.ref_log_normaliser is not None:
-        ref_weights = torch.sub(ref_logits, saved.ref_log_normaliser, out=buffers.tile("ref weights", *logits.shape))
-        exp_(ref_weights, ref_weights).mul_(upstream.reverse_kl)
+    logprobs = logits.sub_(saved.log_normaliser)
+    forbidden = (logprobs == -math.inf) if some_forbidden else None
     factor: Tensor = _constant_factor(saved, upstream)
-    if upstream.kl is not None and ref_logits is not None:
-        difference = torch.sub(logits, ref_logits, out=ref_logits)
-        if forbidden is not None:
-            difference.masked_fill_(~difference.isfinite(), 0.0)
-        factor = torch.addcmul(factor, difference, upstream.kl, out=difference)
+    ref_weights = None
+    if ref_logits is not None and saved.ref_log_normaliser is not None:
+        ref_logprobs = ref_logits.sub_(saved.ref_log_normaliser)
+        if upstream.reverse_kl is not None:
+            ref_weights = exp_(ref_logprobs, buffers.tile("ref weights", *logits.shape)).mul_(upstream.reverse_kl)
+        if upstream.kl is not None:
+            difference = torch.sub(logprobs, ref_logprobs, out=ref_logprobs)
+            if forbidden is not None:
+                difference.masked_fill_(~difference.isfinite(), 0.0)
+            factor = torch.addcmul(factor, difference, upstream.kl, out=difference)
     if upstream.entropy is not None:
-        energies = logits if forbidden is None else logits.masked_fill(forbidden, 0.0)
+        energies = logprobs if forbidden is None else logprobs.masked_fill(forbidden, 0.0)
         factor = torch.addcmul(factor, energies, upstream.entropy, value=-1)
-    logits.sub_(saved.log_normaliser)
-    gradient = exp_(logits, logits).mul_(factor)
+    gradient = exp_(logprobs, logprobs).mul_(factor)
     if ref_weights is not None:
         gradient.sub_(ref_weights)
     if upstream.logprobs is not None:
@@ -177,11 +178,10 @@ def _constant_factor(saved: Saved, upstream: Upstream) -> Tensor:
     factor = torch.zeros_like(saved.log_normaliser)
     if upstream.logprobs is not None:
         factor = factor - upstream.logprobs
-    if upstream.kl is not None and saved.kl is not None and saved.ref_log_normaliser is not None:
-        level = saved.log_normaliser - saved.ref_log_normaliser + saved.kl
-        factor = factor - torch.where(upstream.kl == 0, 0.0, upstream.kl * level)
+    if upstream.kl is not None and saved.kl is not None:
+        factor = factor - torch.where(upstream.kl == 0, 0.0, upstream.kl * saved.kl)
     if upstream.entropy is not None:
-        factor = factor + upstream.entropy * (saved.log_normaliser - saved.entropy)
+        factor = factor - upstream.entropy * saved.entropy
     if upstream.reverse_kl is not None:
         factor = factor + upstream.reverse_kl
     return factor

@@ -4,9 +4,10 @@ With a shift m, the largest logit so far, each position carries
 
     total      = sum_v exp(z_v - m)
     energy     = sum_v exp(z_v - m) (z_v - m)
-    difference = sum_v exp(z_v - m) (z_v - w_v)
+    cross      = sum_v exp(z_v - m) ((z_v - m) - (w_v - n))
 
-for policy logits z and reference logits w; a new largest logit rescales them. From the sums follow log-probs,
+for policy logits z and reference logits w with their shift n; a new largest logit rescales them. Only shifted logits
+are ever compared, so a constant between the two models costs no digits. From the sums follow log-probs,
 entropy and both divergences.
 
 Source: Milakov and Gimelshein 2018 (online normaliser).
@@ -28,8 +29,8 @@ LOG2_E = math.log2(math.e)
 class Normaliser:
     """The running sums of one model over the tiles so far; each [tokens, 1].
 
-    cross is the sum of exp(own logit - shift) (own logit - other model's logit); reaches_forbidden says where this
-    model allows a token that the other one forbids.
+    cross is the sum of exp(own logit - shift) (own logit - shift - other model's logit + its shift);
+    reaches_forbidden says where this model allows a token that the other one forbids.
     """
 
     shift: Tensor
@@ -61,8 +62,8 @@ class Normaliser:
 
     def divergence_to(self, other: "Normaliser") -> Tensor:
         """KL(this model || other), nats; +inf where the other forbids what this one allows."""
-        normalisers = (self.shift - other.shift) + (self.log_total - other.log_total)
-        return torch.where(self.reaches_forbidden, math.inf, self.cross / self.total - normalisers)
+        mean = self.cross / self.total
+        return torch.where(self.reaches_forbidden, math.inf, mean - (self.log_total - other.log_total))
 
 
 def empty_normaliser(tokens: int, device: torch.device, dtype: torch.dtype) -> Normaliser:
@@ -107,40 +108,56 @@ def fold_pair(
       both_ways: also KL(reference || policy).
       some_forbidden: -inf may stand among the logits; without it such a tile gives NaN.
     """
+    forbidden = _forbidden(policy, ref, policy_logits, ref_logits) if some_forbidden else None
+    lowered, ref_lowered = _shift(policy, policy_logits), _shift(ref, ref_logits)
     difference = torch.sub(policy_logits, ref_logits, out=buffers.tile("difference", *policy_logits.shape))
-    if some_forbidden:
-        policy_allows, ref_allows = policy_logits != -math.inf, ref_logits != -math.inf
-        policy.reaches_forbidden |= (policy_allows & ~ref_allows).any(1, keepdim=True)
-        ref.reaches_forbidden |= (ref_allows & ~policy_allows).any(1, keepdim=True)
-        difference.masked_fill_(~(policy_allows & ref_allows), 0.0)
-    weights = _fold(policy, policy_logits, buffers, with_energy=True, some_forbidden=some_forbidden)
+    if forbidden is not None:
+        difference.masked_fill_(forbidden, 0.0)
+    policy.cross = policy.cross + policy.total * (lowered - ref_lowered)
+    ref.cross = ref.cross + ref.total * (ref_lowered - lowered)
+    weights = _add_tile(policy, policy_logits, lowered, buffers, some_forbidden=some_forbidden)
     policy.cross = policy.cross + torch.linalg.vecdot(weights, difference).unsqueeze(1)
-    weights = _fold(ref, ref_logits, buffers, with_energy=False, some_forbidden=some_forbidden)
+    weights = _add_tile(ref, ref_logits, ref_lowered, None, some_forbidden=some_forbidden)
     if both_ways:
         ref.cross = ref.cross - torch.linalg.vecdot(weights, difference).unsqueeze(1)
 
 
 def fold_one(own: Normaliser, logits: Tensor, buffers: Buffers, *, some_forbidden: bool) -> None:
     """Fold one tile of one model; the logits are overwritten."""
-    _fold(own, logits, buffers, with_energy=True, some_forbidden=some_forbidden)
+    _add_tile(own, logits, _shift(own, logits), buffers, some_forbidden=some_forbidden)
 
 
-def _fold(own: Normaliser, logits: Tensor, buffers: Buffers, *, with_energy: bool, some_forbidden: bool) -> Tensor:
-    """Bring the sums to the new shift and add this tile's total and energy; returns exp(logits - shift)."""
+def _forbidden(policy: Normaliser, ref: Normaliser, policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """[tokens, width] where either model forbids the token; remembers who reaches what the other one forbids."""
+    by_policy, by_ref = policy_logits == -math.inf, ref_logits == -math.inf
+    policy.reaches_forbidden |= (by_ref & ~by_policy).any(1, keepdim=True)
+    ref.reaches_forbidden |= (by_policy & ~by_ref).any(1, keepdim=True)
+    return by_policy | by_ref
+
+
+def _shift(own: Normaliser, logits: Tensor) -> Tensor:
+    """Subtract the new shift from the logits; returns the old shift less the new one, [tokens, 1]."""
     shift = torch.maximum(own.shift, logits.amax(1, keepdim=True))
     lowered = own.shift - shift
-    rescale = lowered.exp()
     logits.sub_(shift)
-    if with_energy:
-        weights = exp_(logits, buffers.tile("weights", *logits.shape))
-        if some_forbidden:
-            logits.masked_fill_(logits == -math.inf, 0.0)
-        own.energy = (own.energy + own.total * lowered) * rescale + torch.linalg.vecdot(weights, logits).unsqueeze(1)
+    own.shift = shift
+    return lowered
+
+
+def _add_tile(
+    own: Normaliser, shifted: Tensor, lowered: Tensor, energy: Buffers | None, *, some_forbidden: bool
+) -> Tensor:
+    """Rescale the sums and add this tile's total, and its energy where there is memory for it; returns exp(shifted)."""
+    rescale = lowered.exp()
+    if energy is None:
+        weights = exp_(shifted, shifted)
     else:
-        weights = exp_(logits, logits)
+        weights = exp_(shifted, energy.tile("weights", *shifted.shape))
+        if some_forbidden:
+            shifted.masked_fill_(shifted == -math.inf, 0.0)
+        own.energy = (own.energy + own.total * lowered) * rescale + torch.linalg.vecdot(weights, shifted).unsqueeze(1)
     own.total = own.total * rescale + weights.sum(1, keepdim=True)
     own.cross = own.cross * rescale
-    own.shift = shift
     return weights
 
 

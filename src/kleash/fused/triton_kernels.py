@@ -1,8 +1,9 @@
 """The fold over a tile and the gradient of its logits as Triton kernels; imports Triton, so it is imported late.
 
-The symbols are those of `fold` and `backward`: policy logits z with shift m, reference logits w. Sums are held in
-the type of the logits. -inf among the logits is always a forbidden token. Products and sums are fused only where fma
-says so: policy and reference, alone or as a pair, are then rounded alike, and a model is exactly 0 away from itself.
+The symbols are those of `fold` and `backward`: policy logits z with shift m, reference logits w with shift n. Sums
+are held in the type of the logits. -inf among the logits is always a forbidden token. Products and sums are fused
+only where fma says so: policy and reference, alone or as a pair, are then rounded alike, and a model is exactly 0
+away from itself.
 """
 
 import triton
@@ -32,8 +33,8 @@ def fold_kernel(
 ):
     """Fold one row of a tile into the running sums, reading each logit once; program = row.
 
-        total  = sum_v exp(z_v - m)                 cross     = sum_v exp(z_v - m) (z_v - w_v)
-        energy = sum_v exp(z_v - m) (z_v - m)       ref_cross = sum_v exp(w_v - m_ref) (w_v - z_v)
+        total  = sum_v exp(z_v - m)              cross     = sum_v exp(z_v - m) ((z_v - m) - (w_v - n))
+        energy = sum_v exp(z_v - m) (z_v - m)    ref_cross = sum_v exp(w_v - n) ((w_v - n) - (z_v - m))
 
     Each lane of a block keeps sums of its own, which are added up at the end of the row.
 
@@ -58,26 +59,28 @@ def fold_kernel(
         other_shift = tl.load(ref_shift + row)
         other_total = tl.where(first, tl.load(ref_total + row), 0.0)
         other_reaches = first & (tl.load(ref_reaches_forbidden + row) != 0)
-    if both_ways:
-        other_cross = tl.where(first, tl.load(ref_cross + row), 0.0)
+        if both_ways:
+            other_cross = tl.where(first, tl.load(ref_cross + row), 0.0)
     for start in range(0, width, block):
         columns = start + lanes
         z = tl.load(logits + row * width + columns, mask=columns < width, other=float("-inf"))
         own_shift, lowered, weights, centred = _lowered(z, own_shift)
         rescale = _exp(lowered)
-        own_energy = tl.fma(weights, centred, tl.fma(own_total, lowered, own_energy) * rescale)
-        own_total = tl.fma(own_total, rescale, weights)
         if ref_logits is not None:
             w = tl.load(ref_logits + row * width + columns, mask=columns < width, other=float("-inf"))
-            difference = _difference(z, w)
-            own_cross = tl.fma(weights, difference, own_cross * rescale)
+            other_shift, ref_lowered, ref_weights, ref_centred = _lowered(w, other_shift)
+            ref_rescale = _exp(ref_lowered)
+            neither = (z != float("-inf")) & (w != float("-inf"))
+            difference = tl.where(neither, centred - ref_centred, 0.0)
+            moved = lowered - ref_lowered
+            own_cross = tl.fma(weights, difference, tl.fma(own_total, moved, own_cross) * rescale)
             own_reaches = own_reaches | ((z != float("-inf")) & (w == float("-inf")))
-            other_shift, lowered, weights, centred = _lowered(w, other_shift)
-            rescale = _exp(lowered)
-            other_total = tl.fma(other_total, rescale, weights)
-            other_reaches = other_reaches | ((w != float("-inf")) & (z == float("-inf")))
             if both_ways:
-                other_cross = tl.fma(weights, -difference, other_cross * rescale)
+                other_cross = tl.fma(ref_weights, -difference, tl.fma(other_total, -moved, other_cross) * ref_rescale)
+            other_total = tl.fma(other_total, ref_rescale, ref_weights)
+            other_reaches = other_reaches | ((w != float("-inf")) & (z == float("-inf")))
+        own_energy = tl.fma(weights, centred, tl.fma(own_total, lowered, own_energy) * rescale)
+        own_total = tl.fma(own_total, rescale, weights)
     tl.store(shift + row, own_shift)
     tl.store(total + row, tl.sum(own_total, 0))
     tl.store(energy + row, tl.sum(own_energy, 0))
@@ -87,8 +90,8 @@ def fold_kernel(
         tl.store(ref_shift + row, other_shift)
         tl.store(ref_total + row, tl.sum(other_total, 0))
         tl.store(ref_reaches_forbidden + row, tl.max(other_reaches.to(tl.int32), 0).to(tl.uint8))
-    if both_ways:
-        tl.store(ref_cross + row, tl.sum(other_cross, 0))
+        if both_ways:
+            tl.store(ref_cross + row, tl.sum(other_cross, 0))
 
 
 @triton.jit
@@ -110,8 +113,8 @@ def gradient_kernel(
 ):
     """d loss / d logits of one tile, in place over the logits; program = (row, block of columns).
 
-        gradient_v = of_logprobs ([v = y] - pi_v) + of_kl pi_v ((z_v - w_v) - (lse_z - lse_w) - KL)
-                   - of_entropy pi_v (z_v - lse_z + H) + of_reverse_kl (pi_v - rho_v)
+        gradient_v = of_logprobs ([v = y] - pi_v) + of_kl pi_v (log pi_v - log rho_v - KL)
+                   - of_entropy pi_v (log pi_v + H) + of_reverse_kl (pi_v - rho_v)
 
     Args:
       logits: [tokens, width] z, overwritten.
@@ -142,8 +145,8 @@ def gradient_kernel(
         w = tl.load(ref_logits + row * width + columns, mask=inside, other=float("-inf"))
     if of_kl is not None:
         upstream = tl.load(of_kl + row)
-        level = tl.load(log_normaliser + row) - tl.load(ref_log_normaliser + row) + tl.load(kl + row)
-        factor += upstream * (_difference(z, w) - tl.where(upstream == 0.0, 0.0, level))
+        difference = tl.where(w != float("-inf"), logprobs - (w - tl.load(ref_log_normaliser + row)), 0.0)
+        factor += upstream * (difference - tl.where(upstream == 0.0, 0.0, tl.load(kl + row)))
     gradient = tl.where(allowed, _exp(logprobs), 0.0) * factor
     if of_reverse_kl is not None:
         ref_allowed = w != float("-inf")
@@ -161,12 +164,6 @@ def _lowered(z, shift):
     allowed = z != float("-inf")
     centred = tl.where(allowed, z - raised, 0.0)
     return raised, shift - raised, tl.where(allowed, _exp(centred), 0.0), centred
-
-
-@triton.jit
-def _difference(z, w):
-    """z - w, and 0 where a model forbids the token."""
-    return tl.where((z != float("-inf")) & (w != float("-inf")), z - w, 0.0)
 
 
 @triton.jit
