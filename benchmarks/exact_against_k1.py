@@ -117,7 +117,9 @@ def figures_of(work: Comparison, seed: int, beta: float, form: KLName) -> dict[s
     jumps = [b - a for a, b in pairwise(half)]
     judged = json.loads(beside(out, "json").read_text(encoding="utf-8"))
     figures: dict[str, float | None] = {
-        **judged,
+        "score": judged["score"],
+        "gold": judged["gold"],
+        "KL": judged["kl"],
         "score - beta KL": judged["score"] - beta * judged["kl"],
         "KL, second half": statistics.fmean(half),
         "jump of KL": statistics.pstdev(jumps),
@@ -133,7 +135,7 @@ def figures_of(work: Comparison, seed: int, beta: float, form: KLName) -> dict[s
 def row_of(work: Comparison, beta: float, form: KLName) -> dict[str, str]:
     """Means over the seeds, +- their standard error; how many seeds have a figure where not all do."""
     runs = [figures_of(work, seed, beta, form) for seed in work.seeds]
-    row = {"beta": f"{beta:g}", "kl": form}
+    row = {"beta": f"{beta:g}", "form": form}
     for name in runs[0]:
         values = [run[name] for run in runs if run[name] is not None]
         if not values:
