@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -352,6 +353,8 @@ def test_the_error_of_the_gradient_is_that_of_the_torch_formula(interpreted):
 
 
 def test_the_exponential_is_right_to_a_few_units_in_the_last_place(interpreted):
+    if tuple(int(part) for part in version("triton").split(".")[:2]) < (3, 9):
+        pytest.skip("before 3.9 the interpreter rounds fma twice; a GPU does not")
     interpreted(check_exp, CPU)
 
 
