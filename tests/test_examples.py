@@ -18,3 +18,11 @@ def test_training_with_a_function_raises_the_score_from_a_drift_of_zero() -> Non
     assert first[1] == 0
     assert last[0] > first[0] + 0.2
     assert 0 < last[1] < 20
+
+
+def test_the_exact_kl_of_two_models_lies_in_the_wide_interval_of_k1_with_a_narrow_one_of_its_own() -> None:
+    script = EXAMPLES / "exact_kl_of_two_models.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=300)
+    exact, k1 = ([float(n) for n in re.findall(r"[-\d]+\.\d+", line)] for line in done.stdout.splitlines()[1:])
+    assert k1[1] < exact[0] < k1[2]
+    assert 0 < 10 * (exact[2] - exact[1]) < k1[2] - k1[1]
