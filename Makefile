@@ -1,4 +1,4 @@
-# make demo    the main job, from nothing to a report (about ten minutes on two cores)
+# make demo    the main job, from nothing to a report (about five minutes on two cores)
 # make test    every test
 # make check   what a commit must pass: format, lint, types, the tests that take seconds, floors
 # make bench   seconds by phase and peak memory of a PPO update; what the exact KL costs

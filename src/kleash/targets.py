@@ -21,7 +21,7 @@ class Aim:
     """The targets of an update's steps, and two figures of how they came about.
 
     scale:       what the advantages were divided by.
-    share_of_k1: 0 where the KL came in exactly, 1 as k1; between them only if blended, mean over responses.
+    share_of_k1: how much of a blended leash is k1's, mean over responses; 0 for other forms.
     """
 
     targets: Targets
