@@ -803,3 +803,41 @@ def test_a_constant_between_the_two_models_costs_no_more_digits_than_the_plain_w
 
     truth = plainly(torch.float64)
     assert (fused - truth).abs().max() <= 1.25 * (plainly(torch.float32) - truth).abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("changed", ["tokens", "ref_hidden", "ref_head", "hidden"])
+def test_whoever_changes_an_input_before_the_backward_pass_is_told(changed):
+    draw = torch.Generator().manual_seed(0)
+    given = {
+        "hidden": torch.randn(5, 4, generator=draw).requires_grad_(),
+        "head": torch.randn(9, 4, generator=draw),
+        "ref_hidden": torch.randn(5, 4, generator=draw),
+        "ref_head": torch.randn(9, 4, generator=draw),
+        "tokens": torch.arange(5),
+    }
+    loss = token_stats(*given.values()).kl_policy_ref_per_token.sum()
+    with torch.no_grad():
+        given[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {1: torch.ones(9, 4, dtype=torch.int8)},
+            "policy head as a tensor of floating-point numbers, found torch.int8",
+        ),
+        ({2: torch.ones(5, 4, dtype=torch.int64)}, "reference hidden states as a tensor of .*, found torch.int64"),
+        ({3: torch.nn.Linear(4, 9)}, "reference head as a tensor of floating-point numbers, found Linear"),
+        ({4: torch.arange(5.0)}, "tokens of dtype torch.int64, found torch.float32; convert them"),
+        ({4: [0, 1, 2, 3, 4]}, r"tokens \[5\], one per position, found list"),
+    ],
+)
+def test_what_is_no_number_of_the_right_kind_is_refused(changes, message):
+    given = [torch.ones(5, 4), torch.ones(9, 4), torch.ones(5, 4), torch.ones(9, 4), torch.arange(5)]
+    for place, value in changes.items():
+        given[place] = value
+    with pytest.raises(ShapeError, match=message):
+        token_stats(*given)

@@ -193,7 +193,11 @@ def test_either_vocabulary_may_be_padded_where_a_tokenizer_shows_it(references, 
     [
         ("cut", 12, "each of the 12 tokens, found 12 in the policy and 11 at .*cut; choose the model that the policy"),
         ("padded", 11, "each of the 12 tokens, found 11 in the policy and 16 at .*padded; choose the model"),
-        ("padded_alone", 12, "vocabulary of 12, found 16 at .*padded_alone and no tokenizer beside it .*; save the"),
+        (
+            "padded_alone",
+            12,
+            "vocabulary of 12, found 16 at .*padded_alone and no tokenizer beside it .*; load it from",
+        ),
         ("padded_other", 12, "found token 6 is 'dog' there and 'cat' in the policy"),
         ("padded_longer", 12, "found token 12 is 'bird' there and None in the policy"),
     ],

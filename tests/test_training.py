@@ -153,6 +153,16 @@ def test_the_model_that_came_in_is_the_one_that_was_trained_and_the_reference_is
     assert json.loads((result.checkpoint / "state.json").read_text())["reference_fingerprint"] == start
 
 
+def test_a_reference_that_shares_weights_with_the_policy_is_refused(tmp_path: Path) -> None:
+    policy, reference = tiny_policy(), tiny_policy()
+    reference.transformer = policy.transformer
+    for one in (policy, reference):
+        with pytest.raises(kleash.ModelError, match=r"parameters of its own, found that it shares .* with the policy"):
+            train(tmp_path / "run", policy=policy, reference=one, updates=1)
+    assert all(parameter.requires_grad for parameter in policy.parameters())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_reference_that_is_padded_to_a_rounder_size_is_the_same_model(tmp_path: Path) -> None:
     reference = tiny_policy()
     reference.resize_token_embeddings(reference.config.vocab_size + 4, mean_resizing=False)

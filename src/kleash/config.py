@@ -103,7 +103,8 @@ class RunConfig(BaseModel):
     """Token to pad with, for a tokenizer that has none; padding is masked, so EOS will do."""
     kl: KLName = "exact"
     """How the KL enters training: exact = the whole vocabulary's, own step in the loss and later ones in the reward;
-    k1 = the one-token estimate in the reward, the InstructGPT form. Other forms are biased. All are measured."""
+    k1 = the one-token estimate in the reward, the InstructGPT form; blend = exact with as much of k1 as lessens the
+    noise. The others are biased."""
     allow_biased: bool = False
     """Also take a form of the KL whose gradient is not that of score - beta * KL."""
     leash: LeashConfig = LeashConfig()
@@ -129,7 +130,7 @@ class RunConfig(BaseModel):
     @classmethod
     def _a_leash_that_pulls(cls, value: object) -> object:
         if isinstance(value, str) and value in NO_LEASH:
-            raise ValueError(f"kl {value} is no leash, since {NO_LEASH[value]}; take exact or k1")
+            raise ValueError(f"kl {value} is no leash, since {NO_LEASH[value]}")
         return value
 
     @field_validator("mixed_precision", mode="before")
@@ -146,7 +147,7 @@ class RunConfig(BaseModel):
     def _an_unbiased_gradient(self) -> Self:
         bias = FORMS[self.kl].bias
         if bias and not self.allow_biased:
-            raise ValueError(f"kl {self.kl} is biased, since {bias}; take exact or k1, or say allow_biased: true")
+            raise ValueError(f"kl {self.kl} is biased, since {bias}, and allow_biased is false")
         return self
 
     @model_validator(mode="after")

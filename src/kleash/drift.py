@@ -101,7 +101,8 @@ GLOSSARY: dict[str, Metric] = {
     ),
     "policy_loss": Metric(meaning="max(-A r, -A clip(r)), mean over tokens and steps", unit="-", healthy="near 0"),
     "leash_loss": Metric(
-        meaning="KL in the loss: beta / advantage_std * KL(policy || reference), mean over tokens and steps",
+        meaning="KL in the loss: (1 - share_of_k1) beta / advantage_std * KL(policy || reference), mean over tokens "
+        "and steps; its estimate for k2_in_loss and k3_in_loss",
         unit="-",
         healthy="0 with k1; small beside 1",
     ),

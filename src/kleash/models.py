@@ -255,7 +255,7 @@ def require_same_vocabulary(
     if found != width and theirs is None:
         raise ModelError(
             f"Expected a reference with the policy's vocabulary of {width}, found {found} at {reference_source} and no "
-            "tokenizer beside it that shows the rest to be padding; save the policy's tokenizer there."
+            "tokenizer beside it that shows the rest to be padding; load it from a directory with that tokenizer."
         )
     difference = None if theirs is None else first_vocabulary_difference(policy_tokenizer, theirs)
     if difference is not None:

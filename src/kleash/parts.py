@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.batch import Prompts
 from kleash.config import RunConfig, Source
+from kleash.errors import ModelError
 from kleash.models import (
     ValueModel,
     context_length,
@@ -95,9 +96,21 @@ def _reference(
     if given.reference is None and config.reference is None:
         return frozen_copy(policy)
     reference = given.reference or load_causal_model(config.reference or "", "reference")
-    source = reference.config._name_or_path or config.reference or "the given reference"
+    _require_parameters_of_its_own(reference, policy)
+    named = config.reference if given.reference is None else None
+    source = reference.config._name_or_path or named or "the model that was given"
     require_same_vocabulary(tokenizer, source, reference, policy.config.get_text_config().vocab_size)
     return frozen(reference)
+
+
+def _require_parameters_of_its_own(reference: PreTrainedModel, policy: PreTrainedModel) -> None:
+    learning = {id(parameter) for parameter in policy.parameters()}
+    shared = [name for name, parameter in reference.named_parameters() if id(parameter) in learning]
+    if shared:
+        raise ModelError(
+            f"Expected a reference with parameters of its own, found that it shares {shared[0]} with the policy; "
+            "leave reference out, which takes a frozen copy of the policy, or give a model loaded apart."
+        )
 
 
 def scorer_from(source: Source, tokenizer: PreTrainedTokenizerBase) -> Scorer:

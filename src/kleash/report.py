@@ -191,7 +191,8 @@ def leash_text(run: Run) -> str:
     if not isinstance(leash, dict):
         return "-"
     target = figure_of(leash, "target_kl_per_sequence")
-    return str(leash.get("kind", "fixed")) + (f", budget {number(target)} nats" if target else "")
+    form = f", {run.config['kl']} KL" if "kl" in run.config else ""
+    return str(leash.get("kind", "fixed")) + form + (f", budget {number(target)} nats" if target else "")
 
 
 def duration(seconds: float) -> str:

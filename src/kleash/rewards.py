@@ -50,10 +50,10 @@ def adjusted_rewards(scores: Tensor, kl_policy_ref_per_token: Tensor, response_m
     require_beta(beta)
     require_mask(response_mask)
     require_same_shape(kl_policy_ref_per_token=kl_policy_ref_per_token, response_mask=response_mask)
-    penalties = (
-        masked(kl_policy_ref_per_token, response_mask) * beta if beta else torch.zeros_like(kl_policy_ref_per_token)
+    rewards = masked(
+        -beta * kl_policy_ref_per_token if beta else torch.zeros_like(kl_policy_ref_per_token), response_mask
     )
-    return _scored_at_the_end(scores, -penalties, response_mask)
+    return _scored_at_the_end(scores, rewards, response_mask)
 
 
 def adjusted_rewards_exact(

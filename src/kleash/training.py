@@ -280,7 +280,7 @@ def train(
       reference: what the KL is measured to; None = a frozen copy of the policy as it comes in.
       eval_reward: the held-out judge, in the same forms as reward; trains nothing.
       tokenizer: of the policy; None = loaded from where the policy came from.
-      kl: how the KL enters training: "exact", "k1", or a biased form by its name if allow_biased.
+      kl: how the KL enters training: "exact", "k1", "blend", or a biased form by its name if allow_biased.
       allow_biased: also take a form whose gradient is not that of score - beta * KL.
       leash: None = a fixed beta of 0.05.
       rollout, ppo: None = their defaults.

@@ -14,7 +14,7 @@ class Head:
     """logits = cap(scale * (hidden @ weight.T + bias)), with cap(x) = softcap * tanh(x / softcap).
 
     weight:  [vocab, hidden].
-    bias:    [vocab] or None; -inf forbids a token.
+    bias:    [vocab] or None; -inf forbids a token (with a softcap it becomes -softcap, as the formula says).
     scale:   multiplies the product; 1 for most models.
     softcap: None = the logits are not capped.
     """
@@ -46,9 +46,16 @@ def require_head(name: str, hidden: Tensor, head: Head) -> None:
     """Raise ShapeError unless the head takes these hidden states [tokens, hidden].
 
     Raises:
-      ShapeError: hidden states or weight are not matrices of one width, or the bias is not [vocab].
+      ShapeError: hidden states or weight are no floating-point matrices of one width, or the bias is not [vocab].
       ValueRangeError: scale is not finite, or softcap not positive.
     """
+    for what, tensor in (("hidden states", hidden), ("head", head.weight)):
+        if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ShapeError(
+                f"Expected {name} {what} as a tensor of floating-point numbers, found {found}; give the weights "
+                "themselves, dequantised if need be."
+            )
     if hidden.ndim != 2 or head.weight.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
         raise ShapeError(
             f"Expected {name} hidden states [tokens, hidden] and head [vocab, hidden] of one width, found "

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kleash.checks import require_between
@@ -67,7 +68,8 @@ def token_stats(
 
     Returns:
       TokenStats, each [N] in nats, float32 (float64 for float64 inputs). A KL is +inf where the second model
-      forbids a token that the first allows.
+      forbids a token that the first allows, exactly 0 between a model and itself, and never clamped: rounding may
+      leave one of the order of 1e-7 below 0. Differentiable once.
 
     Raises:
       ShapeError: a shape does not fit the others.
@@ -75,7 +77,6 @@ def token_stats(
 
     Source: the sum is Amini, Vieira and Cotterell 2025; the online sums Milakov and Gimelshein 2018.
 
-    >>> import torch
     >>> hidden, head, ref_head = torch.eye(1), torch.tensor([[0.7], [0.3]]).log(), torch.tensor([[0.5], [0.5]]).log()
     >>> token_stats(hidden, head, hidden, ref_head, torch.tensor([0])).kl_policy_ref_per_token
     tensor([0.0823])
@@ -104,9 +105,10 @@ def stats_of(
     both_ways: bool = False,
 ) -> TokenStats:
     """`token_stats` with each head in one piece."""
+    require_head("policy", policy_hidden, policy_head)
+    require_head("reference", ref_hidden, ref_head)
     counted = min(policy_head.vocab, ref_head.vocab) if vocab is None else vocab
     _require_inputs(policy_hidden, policy_head, tokens, temperature=temperature, vocab=counted)
-    require_head("reference", ref_hidden, ref_head)
     _require_vocab(ref_head, counted)
     if len(ref_hidden) != len(policy_hidden):
         raise ShapeError(
@@ -137,6 +139,7 @@ def logprobs_of(
 
     Args and errors as there.
     """
+    require_head("policy", hidden, head)
     counted = head.vocab if vocab is None else vocab
     _require_inputs(hidden, head, tokens, temperature=temperature, vocab=counted)
     request = Request(tokens=tokens, ref=None, temperature=temperature, vocab=counted, both_ways=False)
@@ -145,13 +148,13 @@ def logprobs_of(
 
 
 def _require_inputs(hidden: Tensor, head: Head, tokens: Tensor, *, temperature: float, vocab: int) -> None:
-    require_head("policy", hidden, head)
     require_between(1e-6, 1e6, temperature=temperature)
     _require_vocab(head, vocab)
-    if tokens.shape != hidden.shape[:1]:
-        raise ShapeError(
-            f"Expected tokens [{len(hidden)}], one per position, found {list(tokens.shape)}; flatten batch and time."
-        )
+    if not isinstance(tokens, Tensor) or tokens.shape != hidden.shape[:1]:
+        found = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ShapeError(f"Expected tokens [{len(hidden)}], one per position, found {found}; flatten batch and time.")
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise ShapeError(f"Expected tokens of dtype torch.int64, found {tokens.dtype}; convert them with .long().")
     outside = (tokens < 0) | (tokens >= vocab)
     if bool(outside.any()):
         raise ValueRangeError(

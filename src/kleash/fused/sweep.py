@@ -76,10 +76,16 @@ class _Sweep(torch.autograd.Function):
             policy, ref = _sums(request, hidden, head, some_forbidden=True)
             columns = _columns(policy, ref, both_ways=request.both_ways)
         ctx.set_materialize_grads(False)
-        ctx.request, ctx.some_forbidden, ctx.scale, ctx.softcap = request, some_forbidden, scale, softcap
+        ctx.vocab, ctx.temperature, ctx.some_forbidden = request.vocab, request.temperature, some_forbidden
         kl = columns[2] if ref is not None else None
         ref_log_normaliser = ref.log_normaliser if ref is not None else None
-        ctx.save_for_backward(hidden, weight, bias, policy.log_normaliser, ref_log_normaliser, kl, columns[1])
+        ctx.caps = (scale, softcap)
+        of_ref: tuple[Tensor | None, ...] = (None, None, None)
+        if request.ref is not None:
+            ref_hidden, ref_head = request.ref
+            ctx.ref_caps, of_ref = (ref_head.scale, ref_head.softcap), (ref_hidden, ref_head.weight, ref_head.bias)
+        known = (policy.log_normaliser, ref_log_normaliser, kl, columns[1])
+        ctx.save_for_backward(hidden, weight, bias, request.tokens, *known, *of_ref)  # torch sees who changes them
         results = tuple(column.squeeze(1) for column in columns)
         if ref is not None:
             ctx.mark_non_differentiable(results[3])
@@ -88,24 +94,23 @@ class _Sweep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        request: Request = ctx.request
-        hidden, weight, bias, log_normaliser, ref_log_normaliser, kl, entropy = ctx.saved_tensors
+        hidden, weight, bias, tokens, log_normaliser, ref_log_normaliser, kl, entropy, *of_ref = ctx.saved_tensors
         given = [None if gradient is None else gradient.unsqueeze(1) for gradient in gradients]
         logprobs, of_entropy, of_kl, _, reverse_kl = given + [None] * (5 - len(given))
         upstream = Upstream(logprobs=logprobs, kl=of_kl, entropy=of_entropy, reverse_kl=reverse_kl)
         found = head_gradients(
-            (hidden, Head(weight=weight, bias=bias, scale=ctx.scale, softcap=ctx.softcap)),
-            request.ref if upstream.needs_ref else None,
+            (hidden, _head(weight, bias, ctx.caps)),
+            (of_ref[0], _head(of_ref[1], of_ref[2], ctx.ref_caps)) if upstream.needs_ref else None,
             Saved(
-                places=request.tokens.unsqueeze(1),
+                places=tokens.unsqueeze(1),
                 log_normaliser=log_normaliser,
                 ref_log_normaliser=ref_log_normaliser,
                 kl=kl,
                 entropy=entropy,
             ),
             upstream,
-            vocab=request.vocab,
-            temperature=request.temperature,
+            vocab=ctx.vocab,
+            temperature=ctx.temperature,
             some_forbidden=ctx.some_forbidden,
             weight_wanted=ctx.needs_input_grad[2],
             bias_wanted=ctx.needs_input_grad[3],
@@ -113,6 +118,11 @@ class _Sweep(torch.autograd.Function):
         weight_gradient = None if found.weight is None else found.weight.to(weight.dtype)
         bias_gradient = None if found.bias is None else found.bias.to(bias.dtype)
         return None, found.hidden.to(hidden.dtype), weight_gradient, bias_gradient, None, None
+
+
+def _head(weight: Tensor, bias: Tensor | None, caps: tuple[float, float | None]) -> Head:
+    """A head of saved tensors with its (scale, softcap)."""
+    return Head(weight=weight, bias=bias, scale=caps[0], softcap=caps[1])
 
 
 def _forbids(head: Head) -> bool:
