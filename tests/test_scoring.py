@@ -146,3 +146,11 @@ def test_a_model_with_nan_weights_stops_the_run_by_name(broken):
     name = {"policy": "policy_logprobs", "reference": "ref_logprobs", "value": "values"}[broken]
     with pytest.raises(NonFiniteError, match=f"finite {name}, found nan at sequence 0, response token 0"):
         score_rollout(models, rollout, ALL, temperature=1.0)
+
+
+@pytest.mark.parametrize("name", ["ref_logprobs", "kl_policy_ref_per_token"])
+def test_what_is_infinite_because_of_the_reference_says_so(name):
+    values = torch.zeros(2, 2)
+    values[1, 0] = math.inf
+    with pytest.raises(NonFiniteError, match="sequence 1, response token 0; the reference forbids a token that the"):
+        require_finite_per_token(name, values)

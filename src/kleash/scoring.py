@@ -4,6 +4,7 @@ Scoring walks through the rollout in the very micro-batches that the first epoch
 step the ratio is 1 to the last bit, and so is the KL 0 of a policy that has not moved.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from kleash.batch import Rollout, micro_batch_of
 from kleash.errors import NonFiniteError
 from kleash.language_model import Models
 from kleash.masking import masked
+
+OF_THE_REFERENCE = ("ref_logprobs", "kl_policy_ref_per_token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,12 @@ def require_finite_per_token(name: str, values: Tensor) -> None:
     wrong = ~values.isfinite()
     if bool(wrong.any()):
         row, position = wrong.nonzero()[0].tolist()
+        found = float(values[row, position])
+        remedy = (
+            "the reference forbids a token that the policy allows: take one that allows it."
+            if math.isinf(found) and name in OF_THE_REFERENCE
+            else "lower the learning rate, or look for -inf or NaN in the model's logits."
+        )
         raise NonFiniteError(
-            f"Expected finite {name}, found {float(values[row, position])} at sequence {row}, "
-            f"response token {position}; lower the learning rate, or look for -inf or NaN in the model's logits."
+            f"Expected finite {name}, found {found} at sequence {row}, response token {position}; {remedy}"
         )
