@@ -40,6 +40,8 @@ from kleash.fused import backward, sweep, tiles, triton_fold
 from kleash.fused.head import Head
 from kleash.fused.stats import TokenStats, logprobs_of
 
+pytestmark = pytest.mark.slow  # the interpreter is
+
 CPU = torch.device("cpu")
 Check = Callable[..., None]
 
