@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kleash.errors import ShapeError
-from kleash.masking import masked, masked_mean, masked_moments, position_ids, whiten
+from kleash.masking import masked, masked_mean, masked_moments, position_ids, unpacked, whiten
 
 POISON = [math.nan, math.inf, -math.inf]
 
@@ -213,3 +213,16 @@ def test_positions_count_from_the_first_real_token_of_each_row():
     assert position_ids(attention_mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3], [0, 1, 1, 1]]
     with pytest.raises(ShapeError, match=r"torch\.bool"):
         position_ids(attention_mask.long())
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_what_was_taken_at_a_mask_goes_back_to_its_places_and_gradients_with_it(shape):
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    values = torch.randn(2, 3, *shape, dtype=torch.float64)
+    taken = values[mask].requires_grad_()
+    found = unpacked(taken, mask)
+    assert torch.equal(found[mask], values[mask])
+    assert (found[~mask] == 0).all()
+    weights = torch.randn_like(found)
+    (found * weights).sum().backward()
+    assert torch.equal(taken.grad, weights[mask])

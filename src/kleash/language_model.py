@@ -17,6 +17,7 @@ from kleash.errors import KleashWarning
 from kleash.fused.stats import logprobs_of, stats_of
 from kleash.linear_head import LinearHead, last_hidden_states, linear_head_of
 from kleash.logprobs import full_log_probs
+from kleash.masking import unpacked
 from kleash.models import response_logits
 
 PLAIN_ROWS = 1024
@@ -82,16 +83,13 @@ class LanguageModel(nn.Module):
             columns = _plain_columns(states, None if ref is None else ref[0], tokens, temperature)
         else:
             columns = self._fused_columns(self.linear, states, ref, tokens, temperature)
-        logprobs, entropies, ref_logprobs, kl = (
-            None if column is None else _unpacked(column, part.response_mask) for column in columns
-        )
-        assert logprobs is not None
-        assert entropies is not None
+        logprobs, entropies, ref_logprobs, kl = columns
+        mask = part.response_mask
         return PositionStats(
-            policy_logprobs=logprobs,
-            policy_entropy=entropies,
-            ref_logprobs=ref_logprobs,
-            kl_policy_ref_per_token=kl,
+            policy_logprobs=unpacked(logprobs, mask),
+            policy_entropy=unpacked(entropies, mask),
+            ref_logprobs=None if ref_logprobs is None else unpacked(ref_logprobs, mask),
+            kl_policy_ref_per_token=None if kl is None else unpacked(kl, mask),
         )
 
     def _fused_columns(
@@ -140,11 +138,6 @@ def _plain_columns(logits: Tensor, ref_logits: Tensor | None, tokens: Tensor, te
     logprobs, entropies, *beside = (torch.cat(column) for column in zip(*parts, strict=True))
     ref_logprobs, kl = beside or (None, None)
     return logprobs, entropies, ref_logprobs, kl
-
-
-def _unpacked(column: Tensor, response_mask: Tensor) -> Tensor:
-    """[tokens] -> [rows, time], 0 off the mask."""
-    return column.new_zeros(response_mask.shape).masked_scatter(response_mask, column)
 
 
 def language_models(

@@ -33,6 +33,20 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros_like(values))
 
 
+def unpacked(values: Tensor, mask: Tensor) -> Tensor:
+    """Values of the True positions, row by row, in their places and exactly 0 elsewhere; undoes values[mask].
+
+    [positions, ...] and [batch, time] -> [batch, time, ...]
+
+    >>> unpacked(torch.tensor([1.0, 2.0]), torch.tensor([[True, False], [False, True]]))
+    tensor([[1., 0.],
+            [0., 2.]])
+    """
+    require_mask(mask)
+    places = mask.reshape(*mask.shape, *[1] * (values.ndim - 1))
+    return values.new_zeros(mask.shape + values.shape[1:]).masked_scatter(places, values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Moments:
     """Count, mean and biased variance (divided by the count) of masked values; all 0-dim tensors."""

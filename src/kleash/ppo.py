@@ -271,25 +271,13 @@ def _optimizer_step(
 
 def _own_divisor(parts: list[MicroBatch], config: PPOConfig) -> Tensor:
     """What this process adds to the number that a step's sums are divided by."""
-    masks = [part.response_mask for part in parts]
-    counts = [
-        mask.sum() if config.reduction == "token_mean" else mask.new_tensor(len(mask), dtype=torch.int64)
-        for mask in masks
-    ]
-    return torch.stack(counts).sum()
+    per_token = config.reduction == "token_mean"
+    counted = [part.response_mask if per_token else torch.ones_like(part.rows) for part in parts]
+    return torch.stack([ones.sum() for ones in counted]).sum()
 
 
 def _reduced_row(sums: list[StepSums], norm: Tensor, accelerator: Accelerator) -> Tensor:
-    names = (
-        "tokens",
-        "policy_loss",
-        "leash_loss",
-        "value_loss",
-        "clipped",
-        "value_clipped",
-        "ratio",
-        "kl_old_policy_k3",
-    )
+    names = ("tokens", *LOSSES, "clipped", "value_clipped", "ratio", "kl_old_policy_k3")
     own = torch.stack([torch.stack([getattr(s, name).detach().double() for s in sums]).sum() for name in names])
     largest = torch.stack([s.ratio_max for s in sums]).max().double()
     total = accelerator.reduce(own, "sum")

@@ -13,7 +13,7 @@ from torch import Tensor
 from kleash.batch import Rollout, micro_batch_of
 from kleash.errors import NonFiniteError
 from kleash.language_model import Models
-from kleash.masking import masked
+from kleash.masking import masked, unpacked
 
 OF_THE_REFERENCE = ("ref_logprobs", "kl_policy_ref_per_token")
 
@@ -65,7 +65,7 @@ def score_rollout(
         values = models.value(part.sequences, part.attention_mask, part.time)
         found = {**vars(stats), "values": masked(values, part.response_mask)}
         if keep_ref_states and models.reference.linear is not None:
-            found["ref_states"] = _unpacked_states(ref_states, part.response_mask)
+            found["ref_states"] = unpacked(ref_states, part.response_mask)
         for name, own in found.items():
             column = columns.setdefault(name, own.new_zeros(rollout.response_mask.shape + own.shape[2:]))
             column[part.rows, : part.time] = own
@@ -73,13 +73,6 @@ def score_rollout(
         if name != "ref_states":
             require_finite_per_token(name, values)
     return Scored(**columns)
-
-
-def _unpacked_states(states: Tensor, response_mask: Tensor) -> Tensor:
-    """[tokens, hidden] -> [rows, time, hidden], 0 off the mask."""
-    unpacked = states.new_zeros((*response_mask.shape, states.shape[1]))
-    unpacked[response_mask] = states
-    return unpacked
 
 
 def require_finite_per_token(name: str, values: Tensor) -> None:
