@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kleash
 from kleash.checkpoint import (
+    FORMAT,
     CheckpointState,
     Learners,
     checkpoints_in,
@@ -24,6 +25,7 @@ from kleash.checkpoint import (
 from kleash.errors import CheckpointError
 from kleash.leash import ZieglerLeash
 from kleash.models import fingerprint, trainable_parameters, value_model_from_policy
+from kleash.reference import move_towards
 
 BETA = 0.1 + 0.2  # 0.30000000000000004: a number whose last bit a careless text would lose
 
@@ -83,6 +85,27 @@ def step_of(learners: Learners) -> None:
     learners.optimizer.zero_grad()
     sum((parameter**3).sum() for parameter in trainable_parameters(learners.policy, learners.value)).backward()
     learners.optimizer.step()
+
+
+def test_a_reference_that_moved_comes_back_bit_for_bit_and_one_that_stays_is_not_written(
+    saved: Path, tmp_path: Path
+) -> None:
+    assert "reference.safetensors" not in files_of(saved)
+    moving = [replace(learners, moving_reference=tiny_policy(7)) for learners in (learners_after(1), learners_after(0))]
+    move_towards(moving[0].moving_reference, moving[0].policy, 0.3)
+    assert fingerprint(moving[0].moving_reference) != fingerprint(moving[1].moving_reference)
+    checkpoint = save_checkpoint(tmp_path / "moving", moving[0], tiny_tokenizer(), STATE, keep=2)
+    assert sorted(set(files_of(checkpoint)) - set(files_of(saved))) == ["reference.safetensors"]
+    read_checkpoint_state(checkpoint)
+    load_learners(checkpoint, moving[1])
+    assert fingerprint(moving[0].moving_reference) == fingerprint(moving[1].moving_reference)
+
+
+def test_a_value_model_of_another_shape_is_refused(saved: Path) -> None:
+    learners = learners_after(0)
+    learners.value.head = torch.nn.Linear(16, 2, bias=False)
+    with pytest.raises(CheckpointError, match=r"found head\.weight \[1, 16\] only there; resume with the models that"):
+        load_learners(saved, learners)
 
 
 def test_the_small_state_comes_back_with_every_bit_of_its_numbers(saved: Path) -> None:
@@ -146,8 +169,8 @@ def changed(file: Path) -> None:
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
-    other = save_checkpoint(tmp_path, learners_after(0), tiny_tokenizer(), replace(STATE, format=2), keep=2)
-    with pytest.raises(CheckpointError, match="Expected a checkpoint of format 1, found 2"):
+    other = save_checkpoint(tmp_path, learners_after(0), tiny_tokenizer(), replace(STATE, format=FORMAT + 1), keep=2)
+    with pytest.raises(CheckpointError, match=f"Expected a checkpoint of format {FORMAT}, found {FORMAT + 1}"):
         read_checkpoint_state(other)
 
 

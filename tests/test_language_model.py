@@ -38,8 +38,8 @@ def test_hidden_states_and_full_logits_say_the_same_and_pull_the_same(architectu
         policy, reference = pair(architecture, linear=linear)
         part = some_part(policy)
         with torch.no_grad():
-            ref_states = reference.states(part)
-        stats = policy(part, reference, ref_states, temperature=temperature)
+            ref = reference.ref_states(part)
+        stats = policy(part, ref, temperature=temperature)
         weights = torch.randn(3, *part.response_mask.shape, dtype=torch.float64, generator=torch.manual_seed(0))
         found = (stats.policy_logprobs, stats.policy_entropy, stats.kl_policy_ref_per_token)
         sum((weight * column).sum() for weight, column in zip(weights, found, strict=True)).backward()
@@ -59,8 +59,8 @@ def test_alone_a_policy_says_the_same_bits_as_beside_its_reference(linear):
     policy, reference = pair(linear=linear)
     part = some_part(policy)
     with torch.no_grad():
-        alone = policy(part, None, None, temperature=0.7)
-        beside = policy(part, reference, reference.states(part), temperature=0.7)
+        alone = policy(part, None, temperature=0.7)
+        beside = policy(part, reference.ref_states(part), temperature=0.7)
     assert alone.ref_logprobs is alone.kl_policy_ref_per_token is None
     assert torch.equal(alone.policy_logprobs, beside.policy_logprobs)
     assert torch.equal(alone.policy_entropy, beside.policy_entropy)
@@ -70,16 +70,16 @@ def test_alone_a_policy_says_the_same_bits_as_beside_its_reference(linear):
 def test_entries_beyond_the_vocabulary_are_no_tokens(linear):
     """A head that is padded to a rounder size, with whatever stands in the padding."""
     policy, reference = pair(linear=linear)
-    part, states = some_part(policy), None
+    part = some_part(policy)
     with torch.no_grad():
-        expected = policy(part, reference, reference.states(part), temperature=1.0)
+        expected = policy(part, reference.ref_states(part), temperature=1.0)
         wide = reference.model
         wide.resize_token_embeddings(wide.config.vocab_size + 7, mean_resizing=False)
         wide.get_output_embeddings().weight[-7:] = 100.0
         padded = LanguageModel(wide, linear=reference.linear, vocab=policy.vocab)
-        states = padded.states(part)
-        found = policy(part, padded, states, temperature=1.0)
-    assert states.shape[1] == (wide.config.get_text_config().hidden_size if linear else policy.vocab)
+        ref = padded.ref_states(part)
+        found = policy(part, ref, temperature=1.0)
+    assert ref.states.shape[1] == (wide.config.get_text_config().hidden_size if linear else policy.vocab)
     for name in FIGURES:
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-12, rtol=0)
 
@@ -88,11 +88,28 @@ def test_full_logits_are_taken_a_few_positions_at_a_time(monkeypatch):
     policy, reference = pair(linear=False)
     part = some_part(policy)
     with torch.no_grad():
-        whole = policy(part, reference, reference.states(part), temperature=1.0)
+        whole = policy(part, reference.ref_states(part), temperature=1.0)
         monkeypatch.setattr(kleash.language_model, "PLAIN_ROWS", 3)
-        few = policy(part, reference, reference.states(part), temperature=1.0)
+        few = policy(part, reference.ref_states(part), temperature=1.0)
     for name in FIGURES:
         torch.testing.assert_close(getattr(few, name), getattr(whole, name), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_first_reference_adds_its_kl_and_changes_no_bit_of_the_rest(linear):
+    policy, reference = pair(linear=linear)
+    first = LanguageModel(frozen(tiny_policy(4, **LIVELY).double()), linear=reference.linear, vocab=policy.vocab)
+    part = some_part(policy)
+    with torch.no_grad():
+        ref, first_ref = reference.ref_states(part), first.ref_states(part)
+        alone = policy(part, ref, temperature=0.7)
+        beside = policy(part, ref, first_ref, temperature=0.7)
+        expected = policy(part, first_ref, temperature=0.7).kl_policy_ref_per_token
+    assert alone.kl_policy_first_ref_per_token is None
+    for name in FIGURES:
+        assert torch.equal(getattr(alone, name), getattr(beside, name))
+    assert torch.equal(beside.kl_policy_first_ref_per_token, expected)
+    assert not torch.equal(expected, alone.kl_policy_ref_per_token)
 
 
 class Doubled(nn.Module):
@@ -122,7 +139,7 @@ def test_a_model_with_its_own_way_to_logits_is_served_by_them_with_a_warning(odd
     assert reference.linear is None
     part = some_part(policy)
     with torch.no_grad():
-        stats = policy(part, reference, reference.states(part), temperature=1.0)
+        stats = policy(part, reference.ref_states(part), temperature=1.0)
         logits = models[odd](input_ids=part.sequences[:1][part.attention_mask[:1]].unsqueeze(0)).logits[0]
     written = part.responses[0][part.response_mask[0]]
     expected = logits.log_softmax(-1)[-len(written) - 1 : -1].gather(1, written.unsqueeze(1)).squeeze(1)
@@ -134,8 +151,8 @@ def test_a_forbidden_token_of_the_reference_shows_as_an_infinite_kl():
     policy, reference = pair(linear=False)
     part = some_part(policy)
     with torch.no_grad():
-        states = reference.states(part)
-        states[0, 2] = -math.inf
-        kl = policy(part, reference, states, temperature=1.0).kl_policy_ref_per_token
+        ref = reference.ref_states(part)
+        ref.states[0, 2] = -math.inf
+        kl = policy(part, ref, temperature=1.0).kl_policy_ref_per_token
     assert kl[0, 0] == math.inf
     assert kl[part.response_mask].isfinite().sum() == int(part.response_mask.sum()) - 1

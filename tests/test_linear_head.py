@@ -15,7 +15,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from kleash.fused.head import Head
 from kleash.linear_head import LinearHead, last_hidden_states, linear_head_of
-from kleash.models import fingerprint, frozen_copy, response_logits
+from kleash.models import fingerprint, response_logits
+from kleash.reference import frozen_copy
 
 SIZES = {
     **dict.fromkeys(["hidden_size", "n_embd", "d_model"], 32),

@@ -18,7 +18,6 @@ from kleash.models import (
     first_vocabulary_difference,
     forward_arguments,
     frozen,
-    frozen_copy,
     load_causal_model,
     load_tokenizer,
     require_same_vocabulary,
@@ -30,6 +29,7 @@ from kleash.models import (
     value_model_from_policy,
     value_model_from_reward,
 )
+from kleash.reference import frozen_copy
 from kleash.rollout import left_padded
 from kleash.scorers import ModelScorer
 

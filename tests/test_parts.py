@@ -87,6 +87,20 @@ def test_given_objects_win_over_names(world, out):
     assert not any(p.requires_grad for p in reference.parameters())
 
 
+def test_a_reference_may_share_with_the_policy_what_does_not_learn(world, out):
+    policy, reference = tiny_policy(), tiny_policy()
+    reference.transformer.wpe = policy.transformer.wpe
+    with pytest.raises(ModelError, match=r"it shares transformer\.wpe\.weight with the policy; leave reference out"):
+        load_parts(configured(world, out), Given(policy=policy, reference=reference))
+    policy.transformer.wpe.weight.requires_grad_(False)
+    assert load_parts(configured(world, out), Given(policy=policy, reference=reference)).reference is reference
+
+
+def test_a_policy_that_cannot_learn_is_refused(world, out):
+    with pytest.raises(ModelError, match="Expected a policy with parameters that learn, found that all of them are fr"):
+        load_parts(configured(world, out), Given(policy=tiny_policy().requires_grad_(False)))
+
+
 def test_a_weighted_list_of_rewards_becomes_one_scorer(world, tmp_path, monkeypatch):
     (tmp_path / "weighted_rewards.py").write_text("def two(prompts, completions):\n    return [2.0] * len(prompts)\n")
     monkeypatch.chdir(tmp_path)

@@ -263,6 +263,46 @@ def test_gradients_are_scaled_down_to_the_norm_and_never_up(share):
     assert moved == pytest.approx(norm * min(share, 1.0), rel=1e-5)
 
 
+# --- the early end of an update ---
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(None, 6), (1e9, 6), (1e-12, 1)])
+def test_an_update_ends_before_the_step_that_finds_the_policy_too_far_away(limit, steps):
+    """The first step is measured on the old policy itself, at a KL of exactly 0, so one is always taken."""
+    policy = tiny_policy(2, **LIVELY)
+    models, rollout = tiny_models(policy), tiny_rollout(policy)
+    config = PPOConfig(epochs=3, minibatches=2, max_kl_old_policy_per_token=limit)
+    epochs = epochs_of(config)
+    targets = random_targets(score_rollout(models, rollout, first_rows(epochs), temperature=1.0), rollout.response_mask)
+    twin = copy.deepcopy(models)
+    stats = updated(models, rollout, targets, config, epochs=epochs, optimizer=lambda m: sgd(m, 0.3))
+    assert stats.steps == steps
+    flat = list(chain.from_iterable(epochs))
+    updated(twin, rollout, targets, PPOConfig(), epochs=[flat[:steps]], optimizer=lambda m: sgd(m, 0.3))
+    assert torch.equal(parameters_of(models), parameters_of(twin))  # the refused step changed nothing
+
+
+def test_the_limit_is_held_against_the_mean_over_all_tokens_of_the_step():
+    """Halves of the batch with a k3 of 0 and of log 2 - 1/2: their mean lies between the two limits."""
+    policy = tiny_policy(2, **LIVELY).double()
+    models, rollout = tiny_models(policy), tiny_rollout(policy, eos=(1, 4))
+    scored = score_rollout(models, rollout, [torch.arange(8)], temperature=1.0)
+    mask, lengths = rollout.response_mask, rollout.response_mask.sum(1)
+    moved = torch.arange(8).unsqueeze(1) < 4  # their old log-prob is log 2 higher: d = log old - log new = log 2
+    targets = Targets(
+        old_logprobs=scored.policy_logprobs + math.log(2) * (moved & mask).double(),
+        old_values=scored.values,
+        advantages=torch.zeros_like(scored.values),
+        returns=scored.values,
+    )
+    mean = float((math.log(2) - 0.5) * lengths[:4].sum() / lengths.sum())
+    for limit, steps in ((1.001 * mean, 1), (0.999 * mean, 0)):
+        config = PPOConfig(epochs=1, minibatches=1, micro_batch=3, max_kl_old_policy_per_token=limit)
+        stats = updated(models, rollout, targets, config)
+        assert stats.kl_old_policy_per_token_k3 == pytest.approx(mean, rel=1e-6)
+        assert stats.steps == steps
+
+
 # --- the figures ---
 
 

@@ -63,6 +63,19 @@ def rows_of(out: Path, file: str = "records.jsonl") -> list[dict[str, object]]:
     return [json.loads(line) for line in (out / file).read_text().splitlines()]
 
 
+def assert_same_drift(one: Path, two: Path) -> None:
+    """The same maps but for rounding, which may change the order of a list's last entries."""
+    for expected, found in zip(rows_of(one, "drift.jsonl"), rows_of(two, "drift.jsonl"), strict=True):
+        assert found["update"] == expected["update"]
+        for position, row in zip(expected["by_position"], found["by_position"], strict=True):
+            assert row == pytest.approx(position, rel=1e-4, abs=1e-5)
+        for name, of_class in expected["by_class"].items():
+            assert found["by_class"][name] == pytest.approx(of_class, rel=1e-4, abs=1e-5)
+        assert [token["kl_policy_ref"] for token in found["top_tokens"]] == pytest.approx(
+            [token["kl_policy_ref"] for token in expected["top_tokens"]], rel=1e-3, abs=1e-5
+        )
+
+
 def test_two_processes_find_the_figures_of_one_and_write_each_file_once(world: dict[str, str], tmp_path: Path) -> None:
     assert main(["train", str(write_run(world, tmp_path / "one", **CHANGES))]) == 0
     process = launched(write_run(world, tmp_path / "two", **CHANGES))
@@ -78,6 +91,7 @@ def test_two_processes_find_the_figures_of_one_and_write_each_file_once(world: d
         for name, value in expected.items():
             close = value if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)
             assert found[name] == close, name
+    assert_same_drift(tmp_path / "one", tmp_path / "two")
     assert [(row["update"], row["index"]) for row in rows_of(tmp_path / "two", "samples.jsonl")] == [
         (update, index) for update in (1, 2, 3) for index in range(4)
     ]
@@ -112,3 +126,19 @@ def test_a_signal_to_the_launcher_lets_all_processes_finish_the_update_and_save(
     assert 1 <= done < 500
     assert f"kleash: Interrupted after {done} of 500 updates; go on with: kleash train run.yaml --resume\n" in err
     assert checkpoints_in(tmp_path / "run" / "checkpoints")[-1].name == f"{done:06d}"
+
+
+def test_two_processes_roll_back_together_and_find_the_figures_of_one(world: dict[str, str], tmp_path: Path) -> None:
+    fast = {"epochs": 2, "minibatches": 2, "learning_rate": 1e-2}
+    leash = {"beta": 0.01, "max_kl_per_sequence": 0.3, "tighten_factor": 10}
+    changes = {**CHANGES, "ppo": fast, "leash": leash, "updates": 5}
+    process = launched(write_run(world, tmp_path / "two", **changes))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    backs = rows_of(tmp_path / "two", "roll_backs.jsonl")
+    assert backs
+    assert [back["roll_back"] for back in backs] == list(range(1, len(backs) + 1))
+    assert err.count("Roll-back 1 of 3: KL(policy || first reference) is") == 1
+    records = rows_of(tmp_path / "two")
+    assert [record["update"] for record in records] == [1, 2, 3, 4, 5]
+    assert max(record["kl_policy_ref_per_sequence"] for record in records) <= 0.3

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from tiny import save_tiny_world, tiny_run, write_run
 
 from kleash.checkpoint import checkpoints_in, read_checkpoint_state
-from kleash.config import RunConfig, config_from
-from kleash.errors import RewardError
+from kleash.config import RunConfig, config_as_yaml, config_from
+from kleash.errors import CheckpointError, RewardError
 from kleash.models import fingerprint, load_causal_model
 from kleash.parts import Given
 from kleash.run_directory import RunDirectory
@@ -25,9 +26,9 @@ from kleash.scorers import FunctionScorer
 from kleash.training import RunResult, train_run
 
 UPDATES = 6
-SAME_BYTES = ("records.jsonl", "samples.jsonl")
+SAME_BYTES = ("records.jsonl", "drift.jsonl", "samples.jsonl")
 CHANGES = {
-    "leash": {"kind": "ziegler", "beta": 0.3, "target_kl_per_sequence": 0.01, "horizon": 50},
+    "leash": {"kind": "budget", "beta": 0.3, "target_kl_per_sequence": 0.01},
     "rollout": {"prompts_per_update": 4, "max_new_tokens": 4},
     "ppo": {"epochs": 2, "minibatches": 2, "learning_rate": 3e-3, "learning_rate_schedule": "cosine"},
     "updates": UPDATES,
@@ -152,7 +153,7 @@ def test_an_interrupt_between_the_steps_of_an_update_saves_no_half_stepped_weigh
 ) -> None:
     import kleash.ppo
 
-    one_step, taken = kleash.ppo._optimizer_step, []
+    one_step, taken = kleash.ppo._gradients_of_step, []
 
     def interrupted_step(*arguments: object, **named: object) -> object:
         taken.append(1)
@@ -161,7 +162,7 @@ def test_an_interrupt_between_the_steps_of_an_update_saves_no_half_stepped_weigh
         return one_step(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kleash.ppo, "_optimizer_step", interrupted_step)
+        patch.setattr(kleash.ppo, "_gradients_of_step", interrupted_step)
         with pytest.raises(KeyboardInterrupt):
             go_on(config, resume=False)
     assert (lines(Path(config.out)), newest(Path(config.out))) == (3, "000002")
@@ -195,7 +196,7 @@ def test_what_a_kill_leaves_behind_is_forgotten(config: RunConfig, straight: Pat
     shutil.rmtree(out / "checkpoints" / "000003")
     (out / "checkpoints" / ".000004.partial" / "policy").mkdir(parents=True)
     (out / "checkpoints" / ".000004.partial" / "value.safetensors").write_bytes(b"half")
-    for file in ("records.jsonl", "samples.jsonl", "timings.jsonl"):
+    for file in ("records.jsonl", "drift.jsonl", "samples.jsonl", "timings.jsonl"):
         with (out / file).open("a") as rows:
             rows.write('{"update": 4, "sco')
     go_on(config)
@@ -251,6 +252,47 @@ def test_the_kept_beta_is_the_one_of_the_next_update_to_the_last_bit(straight: P
     records = [json.loads(line) for line in (straight / "records.jsonl").read_text().splitlines()]
     kept = read_checkpoint_state(straight / "checkpoints" / "000004").leash["beta"]
     assert kept.hex() == records[4]["beta"].hex() != records[3]["beta"].hex()
+
+
+MOVING = [{"kind": "moving_average", "decay": 0.5}, {"kind": "periodic", "every": 2}]
+
+
+@pytest.mark.parametrize("reference", MOVING, ids=lambda reference: reference["kind"])
+def test_a_run_whose_reference_moves_goes_on_to_the_same_bytes(
+    world: dict[str, str], tmp_path: Path, reference: dict[str, object]
+) -> None:
+    """Stopped after the third update, where neither the newest checkpoint nor the start holds the reference's place."""
+    straight, stopped = (
+        config_from(tiny_run(world, tmp_path / name, **CHANGES, reference=reference), "run.yaml")
+        for name in ("straight", "stopped")
+    )
+    go_on(straight, resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        go_on(stopped, at={4: raises(KeyboardInterrupt())}, resume=False)
+    assert newest(Path(stopped.out)) == "000003"
+    go_on(stopped)
+    assert_same_run(Path(stopped.out), Path(straight.out))
+    kept = {(path / "reference.safetensors").read_bytes() for path in (tmp_path / "stopped").glob("checkpoints/*")}
+    assert len(kept) > 1
+
+
+def test_the_anchor_of_a_moving_reference_is_where_it_began(world: dict[str, str], tmp_path: Path) -> None:
+    """Otherwise every resumption would hand out a fresh budget of drift."""
+    config = config_from(tiny_run(world, tmp_path / "run", **CHANGES, reference=MOVING[0]), "run.yaml")
+    result = go_on(config, resume=False)
+    start = fingerprint(load_causal_model(world["policy"], "policy"))
+    assert read_checkpoint_state(result.checkpoint).reference_fingerprint == start
+    moved = load_causal_model(world["policy"], "reference")
+    moved.load_state_dict(load_file(result.checkpoint / "reference.safetensors"), strict=False)
+    assert fingerprint(moved) != start
+    other = shutil.copytree(world["policy"], tmp_path / "other")
+    moved.save_pretrained(other)
+    again = {**CHANGES, "updates": UPDATES, "policy": str(other), "reference": MOVING[0]}
+    changed = config_from(tiny_run(world, tmp_path / "run", **again), "run.yaml")
+    (tmp_path / "run" / "config.yaml").write_text(config_as_yaml(changed))
+    said = f"the reference that the run started with .SHA-256 {start}., found another .{fingerprint(moved)}."
+    with pytest.raises(CheckpointError, match=said):
+        go_on(changed)
 
 
 KILLS = 10
@@ -310,11 +352,12 @@ CHILD = """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("reference", [None, MOVING[0]], ids=["unmoved", "moving"])
 def test_ten_kills_at_random_moments_leave_the_bytes_of_a_run_that_was_never_killed(
-    world: dict[str, str], tmp_path: Path
+    world: dict[str, str], tmp_path: Path, reference: dict[str, object] | None
 ) -> None:
     """Each life of the run is a process of its own, ended by SIGKILL while it loads, trains or writes a checkpoint."""
-    path = write_run(world, tmp_path / "run", **{**CHANGES, "updates": KILLS + 4})
+    path = write_run(world, tmp_path / "run", **{**CHANGES, "updates": KILLS + 4, "reference": reference})
     script = tmp_path / "child.py"
     script.write_text(textwrap.dedent(CHILD))
     seed = random.randrange(10**6)

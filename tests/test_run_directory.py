@@ -68,10 +68,10 @@ def test_a_line_never_holds_what_json_does_not_know(run: RunDirectory) -> None:
 
 def test_forgetting_drops_later_updates_and_the_line_that_was_cut_short(run: RunDirectory) -> None:
     kept = '{"update": 1, "response": "ä"}\n{"update": 2, "response": "b"}\n{"update": 2, "response": "\u2028"}\n'
-    for file in ("records.jsonl", "samples.jsonl", "timings.jsonl"):
+    for file in ("records.jsonl", "drift.jsonl", "samples.jsonl", "timings.jsonl"):
         (run.path / file).write_text(kept + '{"update": 3, "response": "c"}\n{"update": 2, "resp', encoding="utf-8")
     run.forget_after(2)
-    for file in ("records.jsonl", "samples.jsonl", "timings.jsonl"):
+    for file in ("records.jsonl", "drift.jsonl", "samples.jsonl", "timings.jsonl"):
         assert (run.path / file).read_bytes() == kept.encode()
     run.forget_after(0)
     assert run.records.read_bytes() == b""

@@ -148,7 +148,7 @@ def test_a_model_with_nan_weights_stops_the_run_by_name(broken):
         score_rollout(models, rollout, ALL, temperature=1.0)
 
 
-@pytest.mark.parametrize("name", ["ref_logprobs", "kl_policy_ref_per_token"])
+@pytest.mark.parametrize("name", ["ref_logprobs", "kl_policy_ref_per_token", "kl_policy_first_ref_per_token"])
 def test_what_is_infinite_because_of_the_reference_says_so(name):
     values = torch.zeros(2, 2)
     values[1, 0] = math.inf

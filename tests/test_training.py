@@ -55,7 +55,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_its_directory_promises(run: Path) -> None:
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "records.jsonl", "report.html", "samples.jsonl", "timings.jsonl",
+        "alarms.jsonl", "checkpoints", "config.yaml", "drift.jsonl", "records.jsonl", "report.html", "samples.jsonl",
+        "timings.jsonl",
     ]  # fmt: skip
     assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["000000", "000003"]
     assert "<html" in (run / "report.html").read_text(encoding="utf-8")
@@ -68,7 +69,23 @@ def test_each_update_has_one_record_with_every_figure_of_the_glossary(run: Path)
     records = rows_of(run)
     assert [record["update"] for record in records] == [1, 2, 3]
     assert all(list(record) == list(GLOSSARY) for record in records)
-    assert all(value is not None for record in records for value in record.values())
+    tail = ("score_tail_index", "score_tail_gap")  # of eight scores with ties there may be none
+    assert all(value is not None for record in records for name, value in record.items() if name not in tail)
+
+
+def test_each_update_has_one_drift_map_which_adds_up_to_its_record(run: Path) -> None:
+    for record, drift in zip(rows_of(run), rows_of(run, "drift.jsonl"), strict=True):
+        total = pytest.approx(record["kl_policy_ref_per_sequence"], rel=1e-4)
+        assert drift["update"] == record["update"]
+        assert sum(row["kl_policy_ref_per_sequence"] for row in drift["by_position"]) == total
+        assert sum(row["kl_policy_ref_per_sequence"] for row in drift["by_class"].values()) == total
+        assert drift["by_position"][0]["sequences"] == 8
+        assert drift["by_class"]["eos"]["tokens"] == round(8 * record["eos_share"])
+        assert record["truncated_share"] == 1 - record["eos_share"]
+        assert bool(drift["top_tokens"]) == (record["update"] > 1)
+        for token in drift["top_tokens"]:
+            assert token["ratio"] == pytest.approx(token["policy_prob"] / token["ref_prob"], rel=1e-4)
+            assert token["position"] or any(prompt.endswith(token["context"]) for prompt in PROMPTS)
 
 
 def test_each_update_has_one_line_of_seconds_by_phase(run: Path) -> None:
@@ -129,7 +146,7 @@ def test_a_great_beta_holds_the_policy_that_runs_away_without_one(tmp_path: Path
 
 def test_the_same_seed_writes_the_same_bytes_and_another_one_does_not(run: Path, tmp_path: Path) -> None:
     again, other = train(tmp_path / "again", eval_reward=cats).out, train(tmp_path / "other", seed=1, updates=1).out
-    for file in ("records.jsonl", "samples.jsonl"):
+    for file in ("records.jsonl", "drift.jsonl", "samples.jsonl"):
         assert (again / file).read_bytes() == (run / file).read_bytes()
         assert (other / file).read_bytes().splitlines()[0] != (run / file).read_bytes().splitlines()[0]
     weights = "checkpoints/000003/policy/model.safetensors"

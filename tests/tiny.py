@@ -16,8 +16,9 @@ from transformers import (
 
 from kleash.batch import Prompts, Rollout
 from kleash.language_model import Models, language_models
-from kleash.models import frozen_copy, value_model_from_policy
+from kleash.models import value_model_from_policy
 from kleash.prompts import tokenized_prompts
+from kleash.reference import frozen_copy
 from kleash.rollout import RolloutConfig, rollout_of
 
 WORDS = ["<pad>", "<eos>", "<unk>", "what", "is", "a", "cat", "dog", "it", "runs", "sleeps", "."]

@@ -1,8 +1,9 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
 
     checkpoints/000010/
-      policy/                 from_pretrained-loadable, with the tokenizer
-      value.safetensors       value model
+      policy/                 from_pretrained-loadable, with the tokenizer; of a policy with an adapter, the adapter
+      value.safetensors       value model: what learns in it, and its buffers
+      reference.safetensors   what moved of a reference that follows the policy
       optimizer.safetensors   AdamW's moments, by parameter number
       state.json              update, leash, schedule, optimizer groups, seed, fingerprints
       manifest.json           size and SHA-256 of every file above
@@ -11,6 +12,7 @@ A checkpoint appears under its name only when it is whole. Random numbers and th
 from the seed and the update's number, so those two are all that is kept of them.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -20,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.errors import CheckpointError
+from kleash.models import adapter_name, adapter_tensors, learning_names, load_adapter_tensors
 from kleash.run_directory import remove_partial
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +43,18 @@ class CheckpointState:
     scheduler: dict[str, Any]
     reference_fingerprint: str
     prompts_fingerprint: str
+    roll_backs: int = 0
     format: int = FORMAT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learners:
-    """The parts of a run that learn: unwrapped models and their optimizer."""
+    """The parts of a run that change: unwrapped models and their optimizer; the reference if it follows the policy."""
 
     policy: PreTrainedModel
     value: nn.Module
     optimizer: torch.optim.Optimizer
+    moving_reference: PreTrainedModel | None = None
 
 
 def save_checkpoint(
@@ -59,18 +64,20 @@ def save_checkpoint(
 
     Args:
       directory: the run's checkpoints directory.
-      learners: policy, value model and optimizer.
+      learners: policy, value model and optimizer, and a reference that moves.
       tokenizer: saved beside the policy.
       state: numbers and fingerprints.
       keep: how many of the newest stay.
     """
     directory.mkdir(exist_ok=True)
-    remove_partial(directory)
+    clear_up(directory)
     name = f"{state.update:06d}"
     partial = directory / f".{name}.partial"
-    learners.policy.save_pretrained(partial / "policy")
+    _save_policy(learners.policy, partial / "policy")
     tokenizer.save_pretrained(partial / "policy")
-    save_model(learners.value, str(partial / "value.safetensors"))
+    _save_tensors(_what_learns(learners.value), partial / "value.safetensors")
+    if learners.moving_reference is not None:
+        _save_tensors(_what_moved(learners.moving_reference, learners.policy), partial / "reference.safetensors")
     optimizer = learners.optimizer.state_dict()
     tensors = {
         f"{number}.{key}": value.contiguous()
@@ -86,11 +93,27 @@ def save_checkpoint(
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     final = directory / name
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, directory / f".{name}.replaced")
     os.replace(partial, final)
+    clear_up(directory)
     for old in checkpoints_in(directory)[:-keep]:
-        shutil.rmtree(old)
+        remove_checkpoint(old)
     return final
+
+
+def clear_up(directory: Path) -> None:
+    """After a crash: remove what was half-written, and put back a checkpoint that was about to be replaced."""
+    remove_partial(directory)
+    for replaced in directory.glob(".*.replaced"):
+        final = directory / replaced.name.removeprefix(".").removesuffix(".replaced")
+        shutil.rmtree(replaced) if final.exists() else os.replace(replaced, final)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a crash leaves it whole or gone."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.partial")
+    os.replace(checkpoint, gone)
+    shutil.rmtree(gone)
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
@@ -136,10 +159,16 @@ def read_checkpoint_state(checkpoint: Path) -> CheckpointState:
 
 
 def load_learners(checkpoint: Path, learners: Learners) -> None:
-    """Put policy, value model and optimizer back to what they were; the checkpoint has been verified before."""
-    policy: PreTrainedModel = type(learners.policy).from_pretrained(checkpoint / "policy", dtype=learners.policy.dtype)
-    learners.policy.load_state_dict(policy.state_dict())
-    load_model(learners.value, checkpoint / "value.safetensors")
+    """Put everything that changes back to what it was; the checkpoint has been verified before.
+
+    Raises:
+      CheckpointError, ModelError: it holds a model with other parameters.
+    """
+    _load_policy(checkpoint / "policy", learners.policy)
+    _load_tensors(checkpoint / "value.safetensors", _what_learns(learners.value))
+    if learners.moving_reference is not None:
+        moved = _what_moved(learners.moving_reference, learners.policy)
+        _load_tensors(checkpoint / "reference.safetensors", moved)
     entries: dict[int, dict[str, Any]] = {}
     for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
         number, _, key = name.partition(".")
@@ -162,3 +191,64 @@ def require_same_run(state: CheckpointState, *, reference_fingerprint: str, prom
                 f"Expected the {what} that the run started with (SHA-256 {saved}), found another ({found}); "
                 f"give the same {what}, or start a new run."
             )
+
+
+def _save_policy(policy: PreTrainedModel, directory: Path) -> None:
+    """What save_pretrained writes, for the adapter alone if there is one, in bytes that follow from the policy."""
+    name = adapter_name(policy)
+    if name is None:
+        policy.save_pretrained(directory)
+        return
+    directory.mkdir(parents=True)
+    _save_tensors(adapter_tensors(policy), directory / "adapter_model.safetensors")
+    config: Any = copy.copy(policy.peft_config[name])
+    config.inference_mode = True
+    for key, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, key, sorted(value))  # the order of a set is another one in every process
+    kind = {"base_model_class": type(policy).__name__, "parent_library": type(policy).__module__}
+    config.save_pretrained(str(directory), auto_mapping_dict=None if config.task_type else kind)
+
+
+def _load_policy(directory: Path, policy: PreTrainedModel) -> None:
+    if adapter_name(policy) is None:
+        saved: PreTrainedModel = type(policy).from_pretrained(directory, dtype=policy.dtype)
+        policy.load_state_dict(saved.state_dict())
+        return
+    file = directory / "adapter_model.safetensors"
+    load_adapter_tensors(policy, load_file(file), file)
+
+
+def _what_learns(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state without its frozen parameters, and without second names of the same tensor."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+    return {name: tensor for name, tensor in state.items() if first[tensor.data_ptr()] == name}
+
+
+def _what_moved(reference: PreTrainedModel, policy: PreTrainedModel) -> dict[str, Tensor]:
+    """Those parameters of a moving reference that learn in the policy."""
+    return {name: reference.get_parameter(name).detach() for name in learning_names(policy)}
+
+
+def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+
+
+def _load_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Copy a file's tensors into those of the same name."""
+    saved = load_file(file)
+    _require_names(file, saved, tensors)
+    for name, tensor in tensors.items():
+        tensor.copy_(saved[name])
+
+
+def _require_names(file: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    theirs, ours = ({f"{name} {list(t.shape)}" for name, t in tensors.items()} for tensors in (found, expected))
+    odd = sorted(theirs ^ ours)
+    if odd:
+        raise CheckpointError(
+            f"Expected the tensors of the run's models in {file}, found {odd[0]} only "
+            f"{'there' if odd[0] in theirs else 'in the model'}; resume with the models that the run started with."
+        )

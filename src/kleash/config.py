@@ -1,7 +1,7 @@
 """The configuration of a run: a YAML file, any field of which the command line can override."""
 
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 from tyro.constructors import PrimitiveConstructorSpec
 
+from kleash.alarms import AlarmsConfig
 from kleash.errors import ConfigError
 from kleash.kl_form import FORMS, NO_LEASH, KLName
-from kleash.leash import FixedLeash, Leash, ZieglerLeash
+from kleash.leash import BETA_MAX, BETA_MIN, BudgetLeash, FixedLeash, Leash, ScheduledLeash, Shape, ZieglerLeash
 from kleash.ppo import PPOConfig
 from kleash.rollout import RolloutConfig
 
@@ -22,30 +23,189 @@ class LeashConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    kind: Literal["fixed", "ziegler"] = "fixed"
-    """fixed: beta stays; ziegler: Ziegler's controller moves beta towards the target."""
-    beta: float = Field(0.05, ge=0)
-    """KL coefficient, score units per nat; the first one for ziegler. 0 turns the leash off."""
+    kind: Literal["fixed", "budget", "ziegler", "schedule"] = "fixed"
+    """fixed: beta stays; budget: a controller holds the drift at target_kl_per_sequence; ziegler: Ziegler's
+    controller does so slowly; schedule: beta follows the update's number. Left out, a target means budget."""
+    beta: Annotated[float, Field(ge=0)] | Literal["auto"] = 0.05
+    """KL coefficient, score units per nat; a controller's first one, a schedule's highest. 0 turns the leash off.
+    auto = sigma / sqrt(2 target), sigma the spread of the reference's scores on a prompt; what a budget starts from."""
     target_kl_per_sequence: float | None = Field(None, gt=0)
-    """ziegler only: the KL(policy || reference) to hold, in nats per sequence."""
+    """budget and ziegler: the KL(policy || reference) to hold, in nats per sequence."""
+    integral: float | None = Field(None, gt=0)
+    """budget: nats of log beta per update and unit of relative error; null = 0.35."""
+    proportional: float | None = Field(None, ge=0)
+    """budget: nats of log beta per change of the smoothed relative error; null = 4."""
     horizon: float | None = Field(None, gt=0)
-    """ziegler only: sequences over which the error adds up; null = 10000."""
+    """ziegler: sequences over which the error adds up; null = 10000."""
+    warmup_updates: int | None = Field(None, ge=0)
+    """schedule: updates over which beta rises from 0; null = none."""
+    decay_updates: int | None = Field(None, ge=1)
+    """schedule: updates from beta to beta_end, after the warm-up; null = none, beta stays."""
+    beta_end: float | None = Field(None, ge=0)
+    """schedule: beta after the decay."""
+    shape: Shape | None = None
+    """schedule: of the decay; null = linear."""
+    beta_min: float = Field(BETA_MIN, gt=0)
+    """No controller goes below."""
+    beta_max: float = Field(BETA_MAX, gt=0)
+    """Nothing goes above: no controller, no tightening."""
+    max_kl_per_sequence: float | None = Field(None, gt=0)
+    """Ceiling of KL(policy || first reference), nats per sequence: beyond it the run rolls back to its last checkpoint
+    below it and tightens the leash; null = none."""
+    max_roll_backs: int = Field(3, ge=0)
+    """Roll-backs before the run stops itself instead."""
+    tighten_factor: float = Field(2.0, gt=1)
+    """What beta is multiplied by when the leash is tightened."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_target_means_a_budget(cls, content: object) -> object:
+        if not isinstance(content, dict):
+            return content
+        kind = content.get("kind") or ("budget" if content.get("target_kl_per_sequence") is not None else "fixed")
+        return {**({"beta": "auto"} if kind == "budget" else {}), **content, "kind": kind}
 
     @model_validator(mode="after")
     def _fields_of_the_kind(self) -> Self:
-        if self.kind == "ziegler" and self.target_kl_per_sequence is None:
-            raise ValueError("kind ziegler needs target_kl_per_sequence")
-        if self.kind == "fixed" and (self.target_kl_per_sequence is not None or self.horizon is not None):
-            raise ValueError("target_kl_per_sequence and horizon belong to kind ziegler")
+        own = {name: kinds for name, kinds in KINDS_OF_LEASH_KEYS.items() if getattr(self, name) is not None}
+        for name, kinds in own.items():
+            if self.kind not in kinds:
+                raise ValueError(f"{name} belongs to kind {' or '.join(kinds)}, and kind is {self.kind}")
+        if self.kind in CONTROLLERS and self.target_kl_per_sequence is None:
+            raise ValueError(f"kind {self.kind} needs target_kl_per_sequence")
+        if self.beta == "auto" and self.target_kl_per_sequence is None:
+            raise ValueError("beta auto needs target_kl_per_sequence")
+        if self.kind == "schedule" and (self.decay_updates is None) != (self.beta_end is None):
+            raise ValueError("decay_updates and beta_end belong together")
         return self
 
-    def build(self) -> Leash:
-        """The leash of the first update."""
-        if self.target_kl_per_sequence is None:
-            return FixedLeash(beta=self.beta)
-        return ZieglerLeash(
-            beta=self.beta, target_kl_per_sequence=self.target_kl_per_sequence, horizon=self.horizon or 10_000.0
-        )
+    @model_validator(mode="after")
+    def _a_ceiling_that_can_be_held(self) -> Self:
+        ceiling, target = self.max_kl_per_sequence, self.target_kl_per_sequence
+        if ceiling is not None and target is not None and ceiling <= target:
+            raise ValueError(f"max_kl_per_sequence {ceiling:g} must lie above target_kl_per_sequence {target:g}")
+        if ceiling is not None and self.beta == 0 and self.max_roll_backs:
+            raise ValueError("a beta of 0 cannot be tightened after a roll-back, so max_roll_backs must be 0")
+        return self
+
+    @model_validator(mode="after")
+    def _a_beta_within_its_bounds(self) -> Self:
+        if self.beta_min > self.beta_max:
+            raise ValueError(f"beta_min {self.beta_min:g} lies above beta_max {self.beta_max:g}")
+        if self.kind in CONTROLLERS and self.beta == 0:
+            raise ValueError(f"kind {self.kind} multiplies beta, which cannot leave 0")
+        lowest = self.beta_min if self.kind in CONTROLLERS else 0.0
+        for name in ("beta", "beta_end"):
+            value = getattr(self, name)
+            if isinstance(value, float) and not lowest <= value <= self.beta_max:
+                raise ValueError(f"{name} {value:g} lies outside {lowest:g} to {self.beta_max:g}")
+        if self.shape == "exponential" and not (self.beta and self.beta_end):
+            raise ValueError("an exponential schedule needs both beta and beta_end above 0")
+        return self
+
+    def build(self, *, beta: float | None = None) -> Leash:
+        """The leash of the first update.
+
+        Args:
+          beta: in place of the configured one, which may be auto.
+        """
+        start = self.beta if beta is None else beta
+        assert start != "auto"
+        bounds = {"beta_min": self.beta_min, "beta_max": self.beta_max}
+        match self.kind:
+            case "fixed":
+                return FixedLeash(beta=start, beta_max=self.beta_max)
+            case "schedule":
+                return ScheduledLeash(
+                    peak=start,
+                    final=start if self.beta_end is None else self.beta_end,
+                    beta_max=self.beta_max,
+                    **self._given("warmup_updates", "decay_updates", "shape"),
+                )
+            case "budget":
+                return BudgetLeash(
+                    beta=start, **bounds, **self._given("target_kl_per_sequence", "integral", "proportional")
+                )
+            case "ziegler":
+                return ZieglerLeash(beta=start, **bounds, **self._given("target_kl_per_sequence", "horizon"))
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        """The fields that are set, so that the leash's own defaults stand for the others."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+CONTROLLERS = ("budget", "ziegler")
+KINDS_OF_LEASH_KEYS = {
+    "target_kl_per_sequence": CONTROLLERS,
+    "integral": ("budget",),
+    "proportional": ("budget",),
+    "horizon": ("ziegler",),
+    **dict.fromkeys(("warmup_updates", "decay_updates", "beta_end", "shape"), ("schedule",)),
+}
+
+
+class ReferenceConfig(BaseModel):
+    """What the KL is measured to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["copy", "path", "adapter_off", "moving_average", "periodic"] = "copy"
+    """copy: a frozen copy of the policy's start; path: another model; adapter_off: the base under the policy's adapter;
+    moving_average and periodic follow the policy, and the KL to where they began is recorded beside the one to them.
+    Left out, a path means path."""
+    path: Annotated[str, Field(min_length=1)] | None = None
+    """path: the model; moving_average and periodic: where the reference starts, null = a copy of the policy's start."""
+    decay: float | None = Field(None, gt=0, lt=1)
+    """moving_average: reference <- decay reference + (1 - decay) policy after each update; null = 0.99."""
+    every: int | None = Field(None, ge=1)
+    """periodic: reference <- policy after every so many updates."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_path_alone_means_path(cls, content: object) -> object:
+        if content is None:
+            return {}
+        if isinstance(content, str):
+            return {"kind": "path", "path": content}
+        if isinstance(content, dict) and content.get("kind") is None:
+            return {**content, "kind": "copy" if content.get("path") is None else "path"}
+        return content
+
+    @model_validator(mode="after")
+    def _fields_of_the_kind(self) -> Self:
+        own = {name: kinds for name, kinds in KINDS_OF_REFERENCE_KEYS.items() if getattr(self, name) is not None}
+        for name, kinds in own.items():
+            if self.kind not in kinds:
+                raise ValueError(f"reference.{name} belongs to kind {' or '.join(kinds)}, and kind is {self.kind}")
+        for kind, needed in (("path", "path"), ("periodic", "every")):
+            if self.kind == kind and getattr(self, needed) is None:
+                raise ValueError(f"kind {kind} needs reference.{needed}")
+        return self
+
+    @property
+    def moves(self) -> bool:
+        """Whether the reference follows the policy."""
+        return self.kind in MOVING_REFERENCES
+
+    def share_after(self, update: int) -> float:
+        """How much of the way to the policy the reference goes after an update: 0 stays, 1 arrives.
+
+        >>> periodic = ReferenceConfig(kind="periodic", every=2)
+        >>> [periodic.share_after(update) for update in (1, 2, 3, 4)]
+        [0.0, 1.0, 0.0, 1.0]
+        """
+        if self.kind == "moving_average":
+            return 1 - (REFERENCE_DECAY if self.decay is None else self.decay)
+        return float(self.every is not None and update % self.every == 0)
+
+
+REFERENCE_DECAY = 0.99
+MOVING_REFERENCES = ("moving_average", "periodic")
+KINDS_OF_REFERENCE_KEYS = {
+    "path": ("path", *MOVING_REFERENCES),
+    "decay": ("moving_average",),
+    "every": ("periodic",),
+}
 
 
 class WeightedSource(BaseModel):
@@ -95,8 +255,8 @@ class RunConfig(BaseModel):
     """A jsonl, json, parquet or csv file, or a data set's name, with a column `prompt`."""
     out: Name
     """Directory of the run; must not hold another one."""
-    reference: Name | None = None
-    """The model that the KL is measured to; null = a frozen copy of the policy's start."""
+    reference: ReferenceConfig = ReferenceConfig()
+    """What the KL is measured to; null = a frozen copy of the policy's start, and a path alone means that model."""
     eval_reward: Source | None = None
     """The held-out judge, in the same forms: scores every rollout and trains nothing."""
     pad_token: Name | None = None
@@ -113,6 +273,8 @@ class RunConfig(BaseModel):
     """How responses are sampled."""
     ppo: PPOConfig = PPOConfig()
     """The clipped policy and value steps."""
+    alarms: AlarmsConfig = AlarmsConfig()
+    """What the run is watched for, and what it does then."""
     updates: int = Field(100, ge=1)
     """Rollouts, each followed by its PPO steps."""
     seed: int = Field(0, ge=0)
@@ -151,6 +313,17 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _a_way_back(self) -> Self:
+        actions = {name: alarm.action for name, alarm in self.alarms.by_name.items()}
+        for name, action in actions.items():
+            if action in ("tighten", "roll_back") and self.leash.beta == 0:
+                raise ValueError(f"a beta of 0 cannot be tightened, and alarms.{name}.action is {action}")
+        goes_back = "roll_back" in actions.values() or self.leash.max_kl_per_sequence is not None
+        if goes_back and self.leash.max_roll_backs and self.checkpoint.keep < 2:
+            raise ValueError("a roll-back needs a checkpoint from before, so checkpoint.keep must be at least 2")
+        return self
+
+    @model_validator(mode="after")
     def _prompts_divide_into_minibatches(self) -> Self:
         if self.rollout.prompts_per_update % self.ppo.minibatches:
             raise ValueError(
@@ -160,8 +333,8 @@ class RunConfig(BaseModel):
         return self
 
 
-TEXT_KEYS = frozenset({"policy", "prompts", "out", "reference", "pad_token"})
-UNION_BRANCHES = ("str", "tuple[WeightedSource, ...]")
+TEXT_KEYS = frozenset({"policy", "prompts", "out", "reference", "reference.path", "pad_token"})
+UNION_BRANCHES = ("str", "tuple[WeightedSource, ...]", "constrained-float", "literal['auto']")
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -176,8 +349,12 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config_from(content, str(path) if not overrides else f"{path} and the command line")
 
 
-def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of `--dotted.key value ..`; several values make a list, each is read as YAML."""
+def flags_of(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """(dotted key, its words) of `--dotted.key value ..`; `--dotted.key=value` is the same.
+
+    Raises:
+      ConfigError: a word that belongs to no key, or a key without a value.
+    """
     rest = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     while rest:
         flag, *rest = rest
@@ -185,7 +362,17 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
         rest = rest[len(texts) :]
         if not flag.startswith("--") or not texts:
             raise ConfigError(f"Expected `--key value`, found {flag!r} alone; see kleash train --help.")
-        key = flag.removeprefix("--").replace("-", "_")
+        yield flag.removeprefix("--").replace("-", "_"), texts
+
+
+def as_words(flags: Sequence[tuple[str, list[str]]]) -> list[str]:
+    """Flags as the words of a command line; what flags_of reads back."""
+    return list(chain.from_iterable((f"--{key}", *texts) for key, texts in flags))
+
+
+def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of the words; several values make a list, each is read as YAML."""
+    for key, texts in flags_of(words):
         values = [_flag_value(text, as_it_is=key in TEXT_KEYS) for text in texts]
         yield key, values[0] if len(values) == 1 else values
 
@@ -220,7 +407,7 @@ def _lay_over(content: dict[str, Any], keys: list[str], value: Any) -> None:
     """Set content[k1][k2].. = value; what stands in the way of a deeper key is an error."""
     *outer, last = keys
     for key in outer:
-        inner = content.setdefault(key, {})
+        inner = content[key] = {} if content.get(key) is None else content[key]
         if not isinstance(inner, dict):
             raise ConfigError(f"Expected a group of keys at {key}, found {inner!r}; set {key} as a whole.")
         content = inner

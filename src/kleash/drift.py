@@ -1,12 +1,14 @@
 """The record of an update: one flat line of figures, each with its formula, unit and healthy range."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kleash.batch import Rollout
+from kleash.checks import require_between
 from kleash.estimators import (
     Interval,
     kl_policy_ref_per_token_k1,
@@ -16,10 +18,15 @@ from kleash.estimators import (
 )
 from kleash.masking import Reduce, masked, masked_moments, one_process
 from kleash.ppo import UpdateStats
+from kleash.repetition import distinct_n_over_batch, distinct_n_per_sequence
 from kleash.rewards import missing_eos_penalised
 from kleash.scoring import Scored
+from kleash.tail import tail_gap, tail_index
+from kleash.token_class import TOKEN_CLASSES, token_classes
 
 Record = dict[str, float | int | None]
+
+CONTEXT = 8  # tokens of the prompt that are kept, to show what stood before the first tokens of a response
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,17 @@ GLOSSARY: dict[str, Metric] = {
     "score_low": Metric(meaning="Lower end of its 95 % interval over sequences", unit="score", healthy="-"),
     "score_high": Metric(meaning="Upper end of its 95 % interval over sequences", unit="score", healthy="-"),
     "score_std": Metric(meaning="Standard deviation of the scores over sequences", unit="score", healthy="above 0"),
+    "score_tail_index": Metric(
+        meaning="Tail index of the scores: (k - 1) / sum_{i <= k} log(x_i / x_{k+1}), x_i the excesses over the median "
+        "from the largest down, k = ceil(sqrt(n)) (Hill)",
+        unit="-",
+        healthy="steady; of 64 scores about 2.7 if Gaussian, and below 1.5 points to a heavy tail",
+    ),
+    "score_tail_gap": Metric(
+        meaning="(99th percentile - median) / (75th percentile - median) of the scores",
+        unit="-",
+        healthy="near 3.45, a Gaussian's; above 6 points to a heavy tail",
+    ),
     "eval_score_mean": Metric(
         meaning="Mean score by the held-out judge, which trains nothing", unit="score", healthy="rises with the score"
     ),
@@ -51,6 +69,18 @@ GLOSSARY: dict[str, Metric] = {
         meaning="Lower end of its 95 % interval over sequences", unit="nats per sequence", healthy="-"
     ),
     "kl_policy_ref_per_sequence_high": Metric(
+        meaning="Upper end of its 95 % interval over sequences", unit="nats per sequence", healthy="-"
+    ),
+    "kl_policy_first_ref_per_sequence": Metric(
+        meaning="Exact KL(policy || first reference), where the reference was at the start, mean; equal to "
+        "kl_policy_ref_per_sequence unless the reference moves",
+        unit="nats per sequence",
+        healthy="below the ceiling; a moving reference cannot hide it",
+    ),
+    "kl_policy_first_ref_per_sequence_low": Metric(
+        meaning="Lower end of its 95 % interval over sequences", unit="nats per sequence", healthy="-"
+    ),
+    "kl_policy_first_ref_per_sequence_high": Metric(
         meaning="Upper end of its 95 % interval over sequences", unit="nats per sequence", healthy="-"
     ),
     "kl_policy_ref_per_sequence_k1": Metric(
@@ -74,6 +104,22 @@ GLOSSARY: dict[str, Metric] = {
         unit="nats per token",
         healthy="well below 1",
     ),
+    "kl_policy_ref_per_sequence_first_token": Metric(
+        meaning="The part of the exact KL(policy || reference) at the first tokens, but for those of the next two rows",
+        unit="nats per sequence",
+        healthy="the four parts add up to kl_policy_ref_per_sequence",
+    ),
+    "kl_policy_ref_per_sequence_eos": Metric(
+        meaning="The part where the policy drew an EOS token", unit="nats per sequence", healthy="a small part"
+    ),
+    "kl_policy_ref_per_sequence_special": Metric(
+        meaning="The part where it drew another special or template token",
+        unit="nats per sequence",
+        healthy="near 0",
+    ),
+    "kl_policy_ref_per_sequence_other": Metric(
+        meaning="The part of all other tokens", unit="nats per sequence", healthy="the largest part"
+    ),
     "beta": Metric(meaning="KL coefficient of this update", unit="score per nat", healthy="-"),
     "rewards_per_sequence_mean": Metric(
         meaning="score - beta * exact KL(policy || reference) per sequence, less the penalty for a missing EOS, mean",
@@ -89,6 +135,22 @@ GLOSSARY: dict[str, Metric] = {
         meaning="Response tokens per sequence, EOS included", unit="tokens", healthy="steady"
     ),
     "eos_share": Metric(meaning="Share of responses that closed with EOS", unit="share", healthy="steady, near 1"),
+    "truncated_share": Metric(
+        meaning="Share of responses cut at max_new_tokens, 1 - eos_share", unit="share", healthy="steady, near 0"
+    ),
+    "distinct_1_per_sequence": Metric(
+        meaning="Different tokens of a response / its tokens, mean", unit="share", healthy="steady; falls if it repeats"
+    ),
+    "distinct_2_per_sequence": Metric(
+        meaning="Different bigrams of a response / its bigrams, mean over responses of two tokens or more",
+        unit="share",
+        healthy="steady; near 0 means loops",
+    ),
+    "distinct_2_over_batch": Metric(
+        meaning="Different bigrams of all responses together / all their bigrams",
+        unit="share",
+        healthy="steady at one response length; falls as the responses become alike",
+    ),
     "kl_rollout_policy_per_token_k3": Metric(
         meaning="Mismatch of sampler and scorer: k3 estimate of KL(rollout || policy) on unchanged weights",
         unit="nats per token",
@@ -147,13 +209,14 @@ GLOSSARY: dict[str, Metric] = {
 class SequenceFigures:
     """One number per sequence of the whole update, all processes together; each [batch], on the CPU.
 
-    kl_policy_ref is exact, _k1 and _k3 are estimates, in nats per sequence; the mismatch columns compare the
-    log-probs at sampling time with those at scoring time.
+    kl_policy_ref and kl_policy_first_ref are exact, _k1 and _k3 are estimates, in nats per sequence; the mismatch
+    columns compare the log-probs at sampling time with those at scoring time.
     """
 
     scores: Tensor
     eval_scores: Tensor | None
     kl_policy_ref: Tensor
+    kl_policy_first_ref: Tensor
     kl_policy_ref_k1: Tensor
     kl_policy_ref_k3: Tensor
     entropy: Tensor
@@ -167,6 +230,11 @@ class SequenceFigures:
         """Exact KL(policy || reference) per sequence with its 95 % interval, nats."""
         return mean_with_interval(self.kl_policy_ref)
 
+    @property
+    def first_kl_interval(self) -> Interval:
+        """Exact KL(policy || first reference) per sequence with its 95 % interval, nats."""
+        return mean_with_interval(self.kl_policy_first_ref)
+
 
 def sequence_figures(rollout: Rollout, scored: Scored, scores: Tensor, eval_scores: Tensor | None) -> dict[str, Tensor]:
     """The columns of SequenceFigures for this process's share; the caller gathers them."""
@@ -178,6 +246,7 @@ def sequence_figures(rollout: Rollout, scored: Scored, scores: Tensor, eval_scor
     columns = {
         "scores": scores,
         "kl_policy_ref": per_sequence(scored.kl_policy_ref_per_token, mask),
+        "kl_policy_first_ref": per_sequence(scored.kl_policy_first_ref_per_token, mask),
         "kl_policy_ref_k1": per_sequence(k1, mask),
         "kl_policy_ref_k3": per_sequence(k3, mask),
         "entropy": per_sequence(scored.policy_entropy, mask),
@@ -189,6 +258,67 @@ def sequence_figures(rollout: Rollout, scored: Scored, scores: Tensor, eval_scor
     if eval_scores is not None:
         columns["eval_scores"] = eval_scores
     return {name: column.to(mask.device, torch.float64) for name, column in columns.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFigures:
+    """One number per response token of the whole update, all processes together; each on the CPU.
+
+    tokens, response_mask, policy_logprobs, ref_logprobs, kl_policy_ref [batch, time]: ids, the mask, nats; the KL is
+    exact. classes [batch, time] are places in TOKEN_CLASSES, NO_CLASS off the mask. prompt_ends and prompt_ends_mask
+    [batch, CONTEXT] are the last tokens of the prompts, padded on the left.
+    """
+
+    tokens: Tensor
+    response_mask: Tensor
+    policy_logprobs: Tensor
+    ref_logprobs: Tensor
+    kl_policy_ref: Tensor
+    classes: Tensor
+    prompt_ends: Tensor
+    prompt_ends_mask: Tensor
+
+    def of_class(self, name: str) -> Tensor:
+        """[batch, time] bool, True on the response tokens of that class."""
+        return self.classes == TOKEN_CLASSES.index(name)
+
+
+def token_figures(
+    rollout: Rollout, scored: Scored, *, time: int, eos_token_ids: Sequence[int], special_token_ids: Sequence[int]
+) -> dict[str, Tensor]:
+    """The columns of TokenFigures for this process's share, padded to `time` so that all processes agree.
+
+    Args:
+      rollout, scored: what was sampled, and what the models say of it.
+      time: the length limit of the rollout.
+      eos_token_ids, special_token_ids: see token_classes.
+
+    Raises:
+      ValueRangeError: a response is longer than `time`.
+    """
+    require_between(rollout.response_time, math.inf, time=time)
+    prompt = rollout.sequences.shape[1] - rollout.response_time
+    tokens, mask = _widened(rollout.responses, time), _widened(rollout.response_mask, time)
+    return {
+        "tokens": tokens,
+        "response_mask": mask,
+        "policy_logprobs": _widened(scored.policy_logprobs, time),
+        "ref_logprobs": _widened(scored.ref_logprobs, time),
+        "kl_policy_ref": _widened(scored.kl_policy_ref_per_token, time),
+        "classes": token_classes(tokens, mask, eos_token_ids=eos_token_ids, special_token_ids=special_token_ids),
+        "prompt_ends": _last(rollout.sequences[:, :prompt], CONTEXT),
+        "prompt_ends_mask": _last(rollout.attention_mask[:, :prompt], CONTEXT),
+    }
+
+
+def _widened(values: Tensor, time: int) -> Tensor:
+    """[batch, shorter] -> [batch, time], padded with 0 (False) on the right."""
+    return nn.functional.pad(values, (0, time - values.shape[1]))
+
+
+def _last(values: Tensor, width: int) -> Tensor:
+    """The last columns, [batch, any] -> [batch, width], padded with 0 (False) on the left where there are fewer."""
+    return nn.functional.pad(values[:, -width:], (max(width - values.shape[1], 0), 0))
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, *, reduce: Reduce = one_process) -> float | None:
@@ -206,6 +336,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, *, reduce:
 def record_of(
     update: int,
     figures: SequenceFigures,
+    tokens: TokenFigures,
     stats: UpdateStats,
     *,
     missing_eos_penalty: float,
@@ -216,34 +347,94 @@ def record_of(
     explained: float | None,
 ) -> Record:
     """The line that records.jsonl gets for an update: every key of GLOSSARY, None where a figure is not finite."""
-    tokens = float(figures.length.sum())
     penalised = missing_eos_penalised(figures.scores, figures.finished.bool(), penalty=missing_eos_penalty)
-    score, eval_score = mean_with_interval(figures.scores), _interval(figures.eval_scores)
-    kl, k1 = figures.kl_interval, mean_with_interval(figures.kl_policy_ref_k1)
     record: Record = {
         "update": update,
+        **_score_figures(figures),
+        **_kl_figures(figures),
+        **_kl_by_class(tokens),
+        "beta": beta,
+        "rewards_per_sequence_mean": float((penalised - beta * figures.kl_policy_ref).mean()),
+        **_response_figures(figures),
+        **_repetition_figures(tokens),
+        **_mismatch_figures(figures),
+        **_step_figures(stats),
+        "learning_rate": learning_rate,
+        "explained_variance": explained,
+        "advantage_std": advantage_std,
+        "share_of_k1": share_of_k1,
+    }
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
+
+
+def _score_figures(figures: SequenceFigures) -> Record:
+    score, eval_score = mean_with_interval(figures.scores), _interval(figures.eval_scores)
+    return {
         "score_mean": score.mean,
         "score_low": score.low,
         "score_high": score.high,
         "score_std": float(figures.scores.std(correction=0)),
+        "score_tail_index": tail_index(figures.scores),
+        "score_tail_gap": tail_gap(figures.scores),
         "eval_score_mean": eval_score.mean,
         "eval_score_low": eval_score.low,
         "eval_score_high": eval_score.high,
+    }
+
+
+def _kl_figures(figures: SequenceFigures) -> Record:
+    kl, first_kl = figures.kl_interval, figures.first_kl_interval
+    k1 = mean_with_interval(figures.kl_policy_ref_k1)
+    return {
         "kl_policy_ref_per_sequence": kl.mean,
         "kl_policy_ref_per_sequence_low": kl.low,
         "kl_policy_ref_per_sequence_high": kl.high,
+        "kl_policy_first_ref_per_sequence": first_kl.mean,
+        "kl_policy_first_ref_per_sequence_low": first_kl.low,
+        "kl_policy_first_ref_per_sequence_high": first_kl.high,
         "kl_policy_ref_per_sequence_k1": k1.mean,
         "kl_policy_ref_per_sequence_k1_low": k1.low,
         "kl_policy_ref_per_sequence_k1_high": k1.high,
         "kl_policy_ref_per_sequence_k3": float(figures.kl_policy_ref_k3.mean()),
-        "kl_policy_ref_per_token": float(figures.kl_policy_ref.sum()) / tokens,
-        "beta": beta,
-        "rewards_per_sequence_mean": float((penalised - beta * figures.kl_policy_ref).mean()),
-        "entropy_per_token": float(figures.entropy.sum()) / tokens,
+        "kl_policy_ref_per_token": float(figures.kl_policy_ref.sum() / figures.length.sum()),
+    }
+
+
+def _kl_by_class(tokens: TokenFigures) -> Record:
+    kl = tokens.kl_policy_ref.double()
+    return {
+        f"kl_policy_ref_per_sequence_{name}": float(per_sequence(kl, tokens.of_class(name)).mean())
+        for name in TOKEN_CLASSES
+    }
+
+
+def _response_figures(figures: SequenceFigures) -> Record:
+    return {
+        "entropy_per_token": float(figures.entropy.sum() / figures.length.sum()),
         "response_length_mean": float(figures.length.mean()),
         "eos_share": float(figures.finished.mean()),
-        "kl_rollout_policy_per_token_k3": float(figures.kl_rollout_policy_k3.sum()) / tokens,
+        "truncated_share": float((1 - figures.finished).mean()),
+    }
+
+
+def _repetition_figures(tokens: TokenFigures) -> Record:
+    ids, mask = tokens.tokens, tokens.response_mask
+    return {
+        "distinct_1_per_sequence": distinct_n_per_sequence(ids, mask, n=1),
+        "distinct_2_per_sequence": distinct_n_per_sequence(ids, mask, n=2),
+        "distinct_2_over_batch": distinct_n_over_batch(ids, mask, n=2),
+    }
+
+
+def _mismatch_figures(figures: SequenceFigures) -> Record:
+    return {
+        "kl_rollout_policy_per_token_k3": float(figures.kl_rollout_policy_k3.sum() / figures.length.sum()),
         "logprob_mismatch_max": float(figures.logprob_mismatch.max()),
+    }
+
+
+def _step_figures(stats: UpdateStats) -> Record:
+    return {
         "policy_loss": stats.policy_loss,
         "leash_loss": stats.leash_loss,
         "value_loss": stats.value_loss,
@@ -254,12 +445,7 @@ def record_of(
         "ratio_max_first_step": stats.ratio_max_first_step,
         "kl_old_policy_per_token_k3": stats.kl_old_policy_per_token_k3,
         "gradient_norm": stats.gradient_norm,
-        "learning_rate": learning_rate,
-        "explained_variance": explained,
-        "advantage_std": advantage_std,
-        "share_of_k1": share_of_k1,
     }
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
 
 
 def _interval(values: Tensor | None) -> Interval:

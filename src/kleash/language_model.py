@@ -29,13 +29,23 @@ Columns = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 class PositionStats:
     """What is known of each response token, [rows, time] nats, exactly 0 off the mask.
 
-    Without a reference, ref_logprobs and kl_policy_ref_per_token are None.
+    Without a reference, ref_logprobs and kl_policy_ref_per_token are None; without a first reference beside it,
+    kl_policy_first_ref_per_token is.
     """
 
     policy_logprobs: Tensor
     policy_entropy: Tensor
     ref_logprobs: Tensor | None
     kl_policy_ref_per_token: Tensor | None
+    kl_policy_first_ref_per_token: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefStates:
+    """What a reference keeps of a micro-batch, and the model that turns it into logits: see LanguageModel.states."""
+
+    model: "LanguageModel"
+    states: Tensor
 
 
 class LanguageModel(nn.Module):
@@ -66,57 +76,56 @@ class LanguageModel(nn.Module):
             return logits[:, : self.vocab]
         return last_hidden_states(*inputs)[part.response_mask]
 
+    def ref_states(self, part: MicroBatch) -> RefStates:
+        """This model as the reference of a micro-batch, after one forward pass."""
+        return RefStates(model=self, states=self.states(part))
+
     def forward(
-        self, part: MicroBatch, reference: "LanguageModel | None", ref_states: Tensor | None, *, temperature: float
+        self, part: MicroBatch, ref: RefStates | None, first_ref: RefStates | None = None, *, temperature: float
     ) -> PositionStats:
         """Statistics of the micro-batch's response tokens, differentiable through this model.
 
         Args:
           part: the micro-batch.
-          reference: what the KL is measured to; None = this model's log-probs and entropy alone.
-          ref_states: the reference's states of this micro-batch.
-          temperature: of both distributions.
+          ref: what the KL is measured to; None = this model's log-probs and entropy alone.
+          first_ref: what else the KL is measured to, from the same forward pass.
+          temperature: of all distributions.
         """
-        states, tokens = self.states(part), part.responses[part.response_mask]
-        ref = None if reference is None or ref_states is None else (ref_states, reference)
-        if self.linear is None:
-            columns = _plain_columns(states, None if ref is None else ref[0], tokens, temperature)
-        else:
-            columns = self._fused_columns(self.linear, states, ref, tokens, temperature)
-        logprobs, entropies, ref_logprobs, kl = columns
-        mask = part.response_mask
+        states, mask = self.states(part), part.response_mask
+        logprobs, entropies, ref_logprobs, kl = self._columns(states, ref, part.responses[mask], temperature)
+        first_kl = None if first_ref is None else self._columns(states, first_ref, part.responses[mask], temperature)[3]
         return PositionStats(
             policy_logprobs=unpacked(logprobs, mask),
             policy_entropy=unpacked(entropies, mask),
             ref_logprobs=None if ref_logprobs is None else unpacked(ref_logprobs, mask),
             kl_policy_ref_per_token=None if kl is None else unpacked(kl, mask),
+            kl_policy_first_ref_per_token=None if first_kl is None else unpacked(first_kl, mask),
         )
 
-    def _fused_columns(
-        self,
-        linear: LinearHead,
-        states: Tensor,
-        ref: "tuple[Tensor, LanguageModel] | None",
-        tokens: Tensor,
-        temperature: float,
-    ) -> Columns:
-        head = linear.of(self.model)
+    def _columns(self, states: Tensor, ref: RefStates | None, tokens: Tensor, temperature: float) -> Columns:
+        """Log-probs, entropy, the reference's log-probs, exact KL; each [tokens], the last two None without one."""
+        if self.linear is None:
+            return _plain_columns(states, None if ref is None else ref.states, tokens, temperature)
+        head = self.linear.of(self.model)
         if ref is None:
             return *logprobs_of(states, head, tokens, temperature=temperature, vocab=self.vocab), None, None
-        ref_states, reference = ref
-        assert reference.linear is not None
-        ref_head = reference.linear.of(reference.model)
-        stats = stats_of(states, head, ref_states, ref_head, tokens, temperature=temperature, vocab=self.vocab)
+        assert ref.model.linear is not None
+        ref_head = ref.model.linear.of(ref.model.model)
+        stats = stats_of(states, head, ref.states, ref_head, tokens, temperature=temperature, vocab=self.vocab)
         return stats.policy_logprobs, stats.policy_entropy, stats.ref_logprobs, stats.kl_policy_ref_per_token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """The three models of an update; policy (a LanguageModel) and value may be wrapped for several processes."""
+    """The models of an update; policy (a LanguageModel) and value may be wrapped for several processes.
+
+    first_reference is where a reference that moves began; None for one that does not.
+    """
 
     policy: nn.Module
     value: nn.Module
     reference: LanguageModel
+    first_reference: LanguageModel | None = None
 
 
 def _plain_columns(logits: Tensor, ref_logits: Tensor | None, tokens: Tensor, temperature: float) -> Columns:

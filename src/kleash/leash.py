@@ -1,15 +1,46 @@
 """The leash: what sets beta from one update to the next. Floats only, no tensors.
 
-Every leash has `beta`, `after(kl_policy_ref_per_sequence, sequences=n)`, which returns the leash of the next
-update, and `state`, the floats that a checkpoint needs. Leashes are frozen: an update never changes one in place.
+Every leash has `beta`, `after(measurement)`, which returns the leash of the next update, `tightened(factor)`, which
+pulls harder from now on, and `state`, the floats that a checkpoint needs. Leashes are frozen: an update never changes
+one in place. `beta_min` and `beta_max` bound what a controller may set; they are part of the leash, so that nothing
+is bounded in silence.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 from kleash.checks import require_beta
 from kleash.errors import ValueRangeError
+
+BETA_MIN, BETA_MAX = 1e-6, 1e3
+Shape = Literal["linear", "cosine", "exponential"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What an update tells the leash.
+
+    update:                     its number, from 1.
+    kl_policy_ref_per_sequence: mean KL(policy || reference) of its responses, nats per *sequence*.
+    sequences:                  how many responses that is the mean of.
+
+    Raises:
+      ValueRangeError: the KL is not finite, or there is no sequence.
+    """
+
+    update: int
+    kl_policy_ref_per_sequence: float
+    sequences: int
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.kl_policy_ref_per_sequence):
+            raise ValueRangeError(
+                f"Expected a finite mean KL(policy || reference) per sequence, found "
+                f"{self.kl_policy_ref_per_sequence}; look for -inf or NaN log-probs in the last update."
+            )
+        if self.sequences < 1:
+            raise ValueRangeError(f"Expected at least 1 sequence, found {self.sequences}; measure before adjusting.")
 
 
 class Leash(Protocol):
@@ -23,45 +54,145 @@ class Leash(Protocol):
     def state(self) -> dict[str, float]:
         """The numbers that change from update to update, for a checkpoint."""
 
-    def after(self, kl_policy_ref_per_sequence: float, *, sequences: int) -> "Leash":
-        """The leash for the next update, given the batch mean of the sequence KL in nats."""
+    def after(self, measurement: Measurement) -> "Leash":
+        """The leash for the next update."""
+
+    def tightened(self, factor: float) -> "Leash":
+        """This leash with a beta larger by the factor, above 1, as far as its bounds allow."""
 
     def restored(self, state: dict[str, float]) -> "Leash":
         """This leash with the state that a checkpoint kept."""
 
 
-def _require_measurement(kl_policy_ref_per_sequence: float) -> None:
-    if not math.isfinite(kl_policy_ref_per_sequence):
-        raise ValueRangeError(
-            f"Expected a finite mean KL(policy || reference) per sequence, found {kl_policy_ref_per_sequence}; "
-            "look for -inf or NaN log-probs in the last update."
-        )
+def beta_for_budget(score_std: float, target_kl_per_sequence: float) -> float:
+    """The beta at which the best policy drifts as far as the budget, if scores were Gaussian: sigma / sqrt(2 KL).
+
+    pi* is proportional to rho exp(score / beta); Gaussian scores of standard deviation sigma under the reference
+    have mean sigma^2 / beta more under pi*, at KL(pi* || rho) = sigma^2 / (2 beta^2).
+
+    Args:
+      score_std: standard deviation of the scores of the reference's responses to one prompt.
+      target_kl_per_sequence: the budget, nats per sequence.
+
+    Raises:
+      ValueRangeError: one of them is not finite and > 0.
+
+    >>> round(beta_for_budget(1.0, 6.0), 5)
+    0.28868
+    """
+    _require_positive(score_std=score_std, target_kl_per_sequence=target_kl_per_sequence)
+    return score_std / math.sqrt(2 * target_kl_per_sequence)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedLeash:
     """A constant beta.
 
-    >>> FixedLeash(beta=0.05).after(12.0, sequences=64).beta
+    >>> FixedLeash(beta=0.05).after(Measurement(update=1, kl_policy_ref_per_sequence=12.0, sequences=64)).beta
     0.05
     """
 
     beta: float
+    beta_max: float = BETA_MAX
 
     def __post_init__(self) -> None:
         require_beta(self.beta)
+        _require_bounds(self.beta, 0.0, self.beta_max)
 
     @property
     def state(self) -> dict[str, float]:
         return {"beta": self.beta}
 
-    def after(self, kl_policy_ref_per_sequence: float, *, sequences: int) -> Self:
-        """The same leash, whatever was measured; a measurement that is not finite is still an error."""
-        _require_measurement(kl_policy_ref_per_sequence)
+    def after(self, measurement: Measurement) -> Self:
+        """The same leash, whatever was measured."""
         return self
+
+    def tightened(self, factor: float) -> Self:
+        """beta <- min(factor * beta, beta_max); a beta of 0 cannot be tightened."""
+        return replace(self, beta=_tightened(self.beta, factor, self.beta_max))
 
     def restored(self, state: dict[str, float]) -> Self:
         return replace(self, beta=state["beta"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledLeash:
+    """A beta that follows the number of the update: up from 0 to `peak`, then down (or up) to `final`.
+
+    Warm-up: beta = peak * update / warmup_updates. Then over `decay_updates`, with p from 0 to 1,
+    linear: peak + p (final - peak); cosine: final + (peak - final) (1 + cos(pi p)) / 2; exponential:
+    peak (final / peak)^p. Afterwards it stays at `final`; without decay_updates at `peak`.
+
+    Args:
+      peak: beta at the end of the warm-up.
+      final: beta at the end.
+      warmup_updates: updates over which beta rises from 0; 0 = none, and then the first update has `peak`.
+      decay_updates: updates from `peak` to `final`; 0 = none.
+      shape: of the decay; exponential needs both ends above 0.
+      update: number of the coming update, from 1.
+      tightening: what beta is multiplied by, 1 until the leash has been tightened.
+
+    >>> leash = ScheduledLeash(peak=0.1, final=0.02, warmup_updates=2, decay_updates=4)
+    >>> [round(replace(leash, update=n).beta, 3) for n in range(1, 8)]
+    [0.05, 0.1, 0.08, 0.06, 0.04, 0.02, 0.02]
+    """
+
+    peak: float
+    final: float
+    warmup_updates: int = 0
+    decay_updates: int = 0
+    shape: Shape = "linear"
+    update: int = 1
+    tightening: float = 1.0
+    beta_max: float = BETA_MAX
+
+    def __post_init__(self) -> None:
+        for beta in (self.peak, self.final):
+            require_beta(beta)
+            _require_bounds(beta, 0.0, self.beta_max)
+        _require_positive(tightening=self.tightening)
+        if min(self.warmup_updates, self.decay_updates, self.update - 1) < 0:
+            raise ValueRangeError(
+                f"Expected warmup_updates and decay_updates >= 0 and update >= 1, found {self.warmup_updates}, "
+                f"{self.decay_updates} and {self.update}; count updates from 1."
+            )
+        if self.shape == "exponential" and not min(self.peak, self.final) > 0:
+            raise ValueRangeError(
+                f"Expected both ends of an exponential schedule > 0, found {self.peak:g} and {self.final:g}; "
+                "take shape linear."
+            )
+
+    @property
+    def beta(self) -> float:
+        return min(self.tightening * self._scheduled(), self.beta_max)
+
+    def _scheduled(self) -> float:
+        if self.update < self.warmup_updates:
+            return self.peak * self.update / self.warmup_updates
+        done = self.update - max(self.warmup_updates, 1)
+        progress = min(done / self.decay_updates, 1.0) if self.decay_updates else 0.0
+        match self.shape:
+            case "linear":
+                return (1 - progress) * self.peak + progress * self.final
+            case "cosine":
+                return self.final + (self.peak - self.final) * (1 + math.cos(math.pi * progress)) / 2
+            case "exponential":
+                return math.exp((1 - progress) * math.log(self.peak) + progress * math.log(self.final))
+
+    @property
+    def state(self) -> dict[str, float]:
+        return {"update": float(self.update), "tightening": self.tightening}
+
+    def after(self, measurement: Measurement) -> Self:
+        """The schedule one update on; what was measured changes nothing."""
+        return replace(self, update=measurement.update + 1)
+
+    def tightened(self, factor: float) -> Self:
+        """The whole schedule times the factor, each beta bounded by beta_max."""
+        return replace(self, tightening=_tightened(self.tightening, factor, self.beta_max / BETA_MIN))
+
+    def restored(self, state: dict[str, float]) -> Self:
+        return replace(self, update=int(state["update"]), tightening=state["tightening"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +208,8 @@ class ZieglerLeash:
     Source: Ziegler et al. 2019, section 2.2 (arXiv 1909.08593).
 
     >>> leash = ZieglerLeash(beta=0.15, target_kl_per_sequence=6.0, horizon=10_000)
-    >>> for _ in range(3):
-    ...     leash = leash.after(12.0, sequences=512)
+    >>> for update in range(1, 4):
+    ...     leash = leash.after(Measurement(update=update, kl_policy_ref_per_sequence=12.0, sequences=512))
     >>> round(leash.beta, 6)
     0.154655
     """
@@ -86,37 +217,141 @@ class ZieglerLeash:
     beta: float
     target_kl_per_sequence: float
     horizon: float = 10_000.0
-    beta_min: float = 1e-6
-    beta_max: float = 1e3
+    beta_min: float = BETA_MIN
+    beta_max: float = BETA_MAX
 
     def __post_init__(self) -> None:
-        require_beta(self.beta)
-        for name in ("target_kl_per_sequence", "horizon", "beta_min", "beta_max"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueRangeError(f"Expected {name} finite and > 0, found {value:g}; choose a positive number.")
-        if not self.beta_min <= self.beta <= self.beta_max:
-            raise ValueRangeError(
-                f"Expected beta between beta_min {self.beta_min:g} and beta_max {self.beta_max:g}, "
-                f"found {self.beta:g}; a controller that multiplies beta cannot leave 0."
-            )
+        _require_controller(self.beta, self.beta_min, self.beta_max)
+        _require_positive(target_kl_per_sequence=self.target_kl_per_sequence, horizon=self.horizon)
 
     @property
     def state(self) -> dict[str, float]:
         return {"beta": self.beta}
 
-    def after(self, kl_policy_ref_per_sequence: float, *, sequences: int) -> Self:
-        """One step of the rule above.
+    def after(self, measurement: Measurement) -> Self:
+        """One step of the rule above."""
+        error = _clip(measurement.kl_policy_ref_per_sequence / self.target_kl_per_sequence - 1, -0.2, 0.2)
+        beta = self.beta * (1 + error * measurement.sequences / self.horizon)
+        return replace(self, beta=_clip(beta, self.beta_min, self.beta_max))
 
-        Raises:
-          ValueRangeError: the measurement is not finite, or sequences is below 1.
-        """
-        _require_measurement(kl_policy_ref_per_sequence)
-        if sequences < 1:
-            raise ValueRangeError(f"Expected at least 1 sequence, found {sequences}; measure before adjusting.")
-        error = min(max(kl_policy_ref_per_sequence / self.target_kl_per_sequence - 1, -0.2), 0.2)
-        beta = self.beta * (1 + error * sequences / self.horizon)
-        return replace(self, beta=min(max(beta, self.beta_min), self.beta_max))
+    def tightened(self, factor: float) -> Self:
+        """beta <- min(factor * beta, beta_max); the rule goes on from there."""
+        return replace(self, beta=_tightened(self.beta, factor, self.beta_max))
 
     def restored(self, state: dict[str, float]) -> Self:
         return replace(self, beta=state["beta"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetLeash:
+    """A proportional-integral controller of log beta that holds the drift at a budget.
+
+    error     = clip(KL / target - 1, -1, error_max)
+    smooth    <- smooth + smoothing * (error - smooth)
+    log beta  <- clip(log beta + integral * error + proportional * (change of smooth), log beta_min, log beta_max)
+
+    KL is the batch mean of KL(policy || reference) per *sequence*, in nats. The integral part moves beta until the
+    error is 0. The proportional part answers to a change of the drift: it brakes a policy that is still on its way to
+    the budget, by where its drift will be in proportional / integral updates if it goes on so. A change from one batch
+    to the next is mostly noise, so it is taken of a running mean. The rule is written in increments: beta is itself the
+    sum of all errors so far, and never winds up beyond its bounds. Before the first update the policy is its reference,
+    at an error of -1.
+
+    Args:
+      beta: the first one; see beta_for_budget.
+      target_kl_per_sequence: the budget, nats per sequence.
+      integral, proportional: gains, nats of log beta per unit of relative error.
+      smoothing: weight of the newest error in the running mean, above 0 to 1.
+      error_max: how much a drift beyond the budget may count.
+      smooth_error: the running mean so far.
+      beta_min, beta_max: bounds of beta, both > 0.
+
+    >>> leash = BudgetLeash(beta=0.1, target_kl_per_sequence=6.0, integral=0.2, proportional=2.0, smooth_error=0.0)
+    >>> round(leash.after(Measurement(update=9, kl_policy_ref_per_sequence=7.5, sequences=64)).beta, 5)
+    0.12214
+    """
+
+    beta: float
+    target_kl_per_sequence: float
+    integral: float = 0.35
+    proportional: float = 4.0
+    smoothing: float = 0.3
+    error_max: float = 2.0
+    smooth_error: float = -1.0
+    beta_min: float = BETA_MIN
+    beta_max: float = BETA_MAX
+
+    def __post_init__(self) -> None:
+        _require_controller(self.beta, self.beta_min, self.beta_max)
+        _require_positive(
+            target_kl_per_sequence=self.target_kl_per_sequence, integral=self.integral, error_max=self.error_max
+        )
+        if not (math.isfinite(self.proportional) and self.proportional >= 0):
+            raise ValueRangeError(
+                f"Expected proportional finite and >= 0, found {self.proportional:g}; 0 leaves the integral part alone."
+            )
+        if not 0 < self.smoothing <= 1:
+            raise ValueRangeError(f"Expected smoothing above 0 to 1, found {self.smoothing:g}; 1 smooths nothing.")
+        if not -1 <= self.smooth_error <= self.error_max:
+            raise ValueRangeError(
+                f"Expected smooth_error between -1 and error_max {self.error_max:g}, found {self.smooth_error:g}; "
+                "start a new leash at -1."
+            )
+
+    @property
+    def state(self) -> dict[str, float]:
+        return {"beta": self.beta, "smooth_error": self.smooth_error}
+
+    def after(self, measurement: Measurement) -> Self:
+        """One step of the rule above."""
+        error = _clip(measurement.kl_policy_ref_per_sequence / self.target_kl_per_sequence - 1, -1.0, self.error_max)
+        smooth = _clip(self.smooth_error + self.smoothing * (error - self.smooth_error), -1.0, self.error_max)
+        step = self.integral * error + self.proportional * (smooth - self.smooth_error)
+        within = _clip(step, math.log(self.beta_min / self.beta), math.log(self.beta_max / self.beta))
+        beta = _clip(self.beta * math.exp(within), self.beta_min, self.beta_max)
+        return replace(self, beta=beta, smooth_error=smooth)
+
+    def tightened(self, factor: float) -> Self:
+        """beta <- min(factor * beta, beta_max); the controller goes on from there."""
+        return replace(self, beta=_tightened(self.beta, factor, self.beta_max))
+
+    def restored(self, state: dict[str, float]) -> Self:
+        return replace(self, beta=state["beta"], smooth_error=state["smooth_error"])
+
+
+def _clip(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)
+
+
+def _tightened(value: float, factor: float, highest: float) -> float:
+    if not (math.isfinite(factor) and factor > 1 and value > 0):
+        raise ValueRangeError(
+            f"Expected a factor above 1 and a beta above 0 to tighten, found {factor:g} and {value:g}; "
+            "start the leash with a beta above 0."
+        )
+    return min(factor * value, highest)
+
+
+def _require_positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueRangeError(f"Expected {name} finite and > 0, found {value:g}; choose a positive number.")
+
+
+def _require_bounds(beta: float, beta_min: float, beta_max: float) -> None:
+    if not beta_min <= beta <= beta_max:
+        raise ValueRangeError(
+            f"Expected beta between beta_min {beta_min:g} and beta_max {beta_max:g}, found {beta:g}; "
+            "choose another beta or wider bounds."
+        )
+
+
+def _require_controller(beta: float, beta_min: float, beta_max: float) -> None:
+    """What a controller that multiplies beta needs: positive bounds, and a start between them."""
+    require_beta(beta)
+    _require_positive(beta_min=beta_min, beta_max=beta_max)
+    if not beta_min <= beta <= beta_max:
+        raise ValueRangeError(
+            f"Expected beta between beta_min {beta_min:g} and beta_max {beta_max:g}, "
+            f"found {beta:g}; a controller that multiplies beta cannot leave 0."
+        )

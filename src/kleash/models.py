@@ -1,14 +1,19 @@
 """Policy, reference and value model: loading, freezing, and the one way their forward pass is called.
 
 Dropout is off in all of them, always: a policy in training is the distribution that is sampled from.
+
+A model with an adapter is the transformers model with the adapter's layers in place, whether peft wrapped it or not.
 """
 
 import copy
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator
+import json
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +22,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from kleash.errors import ModelError, first_line
 from kleash.masking import position_ids
 
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+ADAPTER_PREFIX = "base_model.model."  # peft writes it before every name in a file, and reads it again
+
 
 def load_tokenizer(source: str | Path, *, pad_token: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer saved beside a model, with a pad token.
+    """The tokenizer saved beside a model, or beside the base of an adapter, with a pad token.
 
     Args:
       source: path or hub name.
@@ -28,6 +40,9 @@ def load_tokenizer(source: str | Path, *, pad_token: str | None = None) -> PreTr
     Raises:
       ModelError: nothing loadable there, no EOS token, no pad token, or pad_token is not in the vocabulary.
     """
+    base = base_of_adapter(source)
+    if base is not None and tokenizer_beside(source) is None:
+        return load_tokenizer(base, pad_token=pad_token)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
@@ -81,20 +96,132 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def load_causal_model(source: str | Path, role: str) -> PreTrainedModel:
+def load_causal_model(source: str | Path, role: str, *, adapter_learns: bool = False) -> PreTrainedModel:
     """A causal language model in float32 with dropout off; `role` names it in errors.
 
+    Args:
+      source: path or hub name of a model, or the directory of an adapter, whose base is loaded with it.
+      role: policy or reference, say.
+      adapter_learns: whether an adapter wants gradients; its base never does.
+
     Raises:
-      ModelError: nothing loadable there.
+      ModelError: nothing loadable there, or an adapter that is not in the model's layers.
     """
+    base = base_of_adapter(source)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base or source, dtype=torch.float32)
+        if base is not None:
+            model = _with_adapter(model, source, learns=adapter_learns)
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
-            f"Expected a causal language model at {source} for the {role}, found {why_not(source, error)}"
+            f"Expected a causal language model at {source} for the {role}, found {why_not(base or source, error)}"
         ) from error
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def base_of_adapter(source: str | Path) -> str | None:
+    """The model that the adapter in a directory was trained on, by path or hub name; None where no adapter lies."""
+    file = Path(source) / "adapter_config.json"
+    if not file.is_file():
+        return None
+    try:
+        base: str | None = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise ModelError(f"Expected JSON in {file}, found a mistake; save the adapter again.") from error
+    if not base:
+        raise ModelError(
+            f"Expected base_model_name_or_path in {file}, found none; name the adapter's base model there."
+        )
+    return base
+
+
+def _with_adapter(model: PreTrainedModel, source: str | Path, *, learns: bool) -> PreTrainedModel:
+    """The base model with the adapter of a directory in place, grown for tokens that the adapter's tokenizer adds."""
+    from peft import PeftConfig, inject_adapter_in_model, load_peft_weights
+
+    tokenizer = tokenizer_beside(source)
+    if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().get_parameter("weight").shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    config = PeftConfig.from_pretrained(str(source))
+    if config.is_prompt_learning:
+        raise _not_in_the_layers(config)
+    config.inference_mode = not learns
+    inject_adapter_in_model(config, model)
+    load_adapter_tensors(model, load_peft_weights(str(source), device="cpu"), source)
+    return model
+
+
+def causal_model(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
+    """The transformers model that computes: the one inside a PeftModel, or the model itself.
+
+    Raises:
+      ModelError: the adapter does more than replace layers, as prompt tuning does, or there are several.
+    """
+    if isinstance(model, PreTrainedModel):
+        inner = model
+    else:
+        if model.active_peft_config.is_prompt_learning:
+            raise _not_in_the_layers(model.active_peft_config)
+        base = model.get_base_model()
+        assert isinstance(base, PreTrainedModel)
+        inner = base
+    adapter_name(inner)
+    return inner
+
+
+def _not_in_the_layers(config: "PeftConfig") -> ModelError:
+    kind = str(config.peft_type).removeprefix("PeftType.")
+    return ModelError(f"Expected an adapter in the model's layers, such as LoRA, found {kind}; use one that is.")
+
+
+def adapter_name(model: PreTrainedModel) -> str | None:
+    """The name of the model's adapter; None for a model without one.
+
+    Raises:
+      ModelError: there are several.
+    """
+    names = list(getattr(model, "peft_config", None) or ())
+    if len(names) > 1:
+        raise ModelError(f"Expected one adapter in a model, found {', '.join(names)}; delete all but the one in use.")
+    return names[0] if names else None
+
+
+def adapter_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The adapter's tensors, which share their memory with the model, by the names that peft saves them under."""
+    from peft import get_peft_model_state_dict
+
+    name = adapter_name(model)
+    assert name is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # peft says each time that it takes embeddings of a new size along
+        found = get_peft_model_state_dict(model, adapter_name=name)
+    return {ADAPTER_PREFIX + name: tensor for name, tensor in found.items()}
+
+
+def load_adapter_tensors(model: PreTrainedModel, tensors: dict[str, Tensor], source: str | Path) -> None:
+    """Put an adapter's tensors, named as peft saves them, in place of those of the model's adapter.
+
+    Raises:
+      ModelError: some tensor finds no place, some place no tensor; `source` names the file in the error.
+    """
+    from peft import set_peft_model_state_dict
+
+    name, own = adapter_name(model), {key.removeprefix(ADAPTER_PREFIX): tensor for key, tensor in tensors.items()}
+    assert name is not None
+    places = {tensor.data_ptr() for tensor in adapter_tensors(model).values()}
+    try:
+        result: Any = set_peft_model_state_dict(model, own, adapter_name=name)
+    except (RuntimeError, KeyError) as error:
+        wrong = str(error).strip().splitlines()[-1].strip().rstrip(".")
+        raise ModelError(f"Expected the adapter of the model in {source}, found {wrong}; give its own.") from error
+    state = model.state_dict()
+    empty = [key for key in result.missing_keys if key in state and state[key].data_ptr() in places]
+    odd = [*(f"nothing for {key}" for key in empty), *(f"{key} without a place" for key in result.unexpected_keys)]
+    if odd:
+        raise ModelError(f"Expected the adapter of the model in {source}, found {odd[0]}; give its own.")
 
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:
@@ -104,9 +231,15 @@ def frozen(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A deep copy that training never touches: the reference of a run that names none."""
-    return frozen(copy.deepcopy(model))
+def learning_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that learn, each once, in a fixed order."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def copied(model: AnyModule, own: Collection[str]) -> AnyModule:
+    """A deep copy with buffers and the named parameters of its own; all other parameters are the original's."""
+    shared = {id(parameter): parameter for name, parameter in model.named_parameters() if name not in own}
+    return copy.deepcopy(model, dict[int, object](shared))
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -193,8 +326,7 @@ class ValueModel(nn.Module):
     def __init__(self, trunk: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.trunk = trunk
-        self.head = head
-        self.requires_grad_(True)
+        self.head = head.requires_grad_(True)
         self.eval()
 
     def forward(self, sequences: Tensor, attention_mask: Tensor, response_time: int) -> Tensor:
@@ -206,11 +338,14 @@ class ValueModel(nn.Module):
 
 
 def value_model_from_policy(policy: PreTrainedModel) -> ValueModel:
-    """A value model on a copy of the policy's trunk, with a head of zeros: every value starts at 0."""
+    """A value model on a copy of the policy's trunk, with a head of zeros: every value starts at 0.
+
+    What learns in the policy's trunk learns in it too. What does not, such as the base of an adapter, they share.
+    """
     output: nn.Module | None = policy.get_output_embeddings()  # type: ignore[no-untyped-call]
     if output is None:
         raise ModelError(f"Expected a policy with output embeddings, found {type(policy).__name__} without any.")
-    trunk = copy.deepcopy(policy.base_model)
+    trunk = copied(policy.base_model, learning_names(policy.base_model))
     weight = output.get_parameter("weight")
     head = nn.Linear(weight.shape[1], 1, bias=False, dtype=weight.dtype)
     nn.init.zeros_(head.weight)
@@ -221,7 +356,7 @@ def value_model_from_reward(reward_model: PreTrainedModel) -> ValueModel:
     """A value model that starts as a copy of a reward model with a linear `score` head."""
     head = copy.deepcopy(reward_model.get_submodule("score"))
     assert isinstance(head, nn.Linear)
-    return ValueModel(copy.deepcopy(reward_model.base_model), head)
+    return ValueModel(copy.deepcopy(reward_model.base_model).requires_grad_(True), head)
 
 
 def trainable_parameters(*models: nn.Module) -> Iterator[nn.Parameter]:

@@ -10,10 +10,12 @@ from kleash.config import RunConfig, Source
 from kleash.errors import ModelError
 from kleash.models import (
     ValueModel,
+    adapter_name,
+    adapter_tensors,
     context_length,
     eos_token_ids,
     frozen,
-    frozen_copy,
+    learning_names,
     load_causal_model,
     load_tokenizer,
     require_same_vocabulary,
@@ -22,6 +24,7 @@ from kleash.models import (
     value_model_from_reward,
 )
 from kleash.prompts import load_prompts, prompts_of_update, require_prompts, require_room, tokenized_prompts
+from kleash.reference import frozen_copy, require_movable, warn_unless_at_identity, without_adapter
 from kleash.rollout import rollout_of
 from kleash.scorers import Scorer, WeightedScorer, load_scorer, value_trunk_source
 from kleash.seeds import generator_for
@@ -31,11 +34,15 @@ PROBES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a run works with; models are still on the CPU and unwrapped."""
+    """What a run works with; models are still on the CPU and unwrapped.
+
+    first_reference is where a reference that moves begins; None for one that does not.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     policy: PreTrainedModel
     reference: PreTrainedModel
+    first_reference: PreTrainedModel | None = None
     value: ValueModel
     scorer: Scorer
     eval_scorer: Scorer | None
@@ -71,10 +78,14 @@ def load_parts(config: RunConfig, given: Given) -> Parts:
     tokenizer = given.tokenizer or load_tokenizer(config.policy, pad_token=config.pad_token)
     require_special_tokens(tokenizer)
     prompts = tokenized_prompts(rows, tokenizer)
-    policy = given.policy or load_causal_model(config.policy, "policy")
+    policy = given.policy or load_causal_model(config.policy, "policy", adapter_learns=True)
     policy.eval()  # type: ignore[no-untyped-call]
+    require_learning(policy)
     require_room(prompts, max_new_tokens=config.rollout.max_new_tokens, context=context_length(policy))
-    reference = _reference(config, given, policy, tokenizer)
+    reference = _reference(config, given, policy, tokenizer, prompts)
+    follows = config.reference.moves and given.reference is None
+    if follows:
+        require_movable(reference, policy, averaged=config.reference.kind == "moving_average")
     scorer = given.scorer or scorer_from(config.reward, tokenizer)
     eval_scorer = given.eval_scorer or (scorer_from(config.eval_reward, tokenizer) if config.eval_reward else None)
     trunk = value_trunk_source(scorer)
@@ -82,6 +93,7 @@ def load_parts(config: RunConfig, given: Given) -> Parts:
         tokenizer=tokenizer,
         policy=policy,
         reference=reference,
+        first_reference=frozen_copy(reference, own=learning_names(policy)) if follows else None,
         value=value_model_from_policy(policy) if trunk is None else value_model_from_reward(trunk),
         scorer=scorer,
         eval_scorer=eval_scorer,
@@ -91,20 +103,45 @@ def load_parts(config: RunConfig, given: Given) -> Parts:
 
 
 def _reference(
-    config: RunConfig, given: Given, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, given: Given, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts
 ) -> PreTrainedModel:
-    if given.reference is None and config.reference is None:
+    """The reference at the start of the run, frozen."""
+    kind, path = config.reference.kind, config.reference.path
+    if given.reference is None and kind == "adapter_off":
+        base = without_adapter(policy)
+        warn_unless_at_identity(policy, base, prompts.tokens[0])
+        return base
+    if given.reference is None and path is None:
         return frozen_copy(policy)
-    reference = given.reference or load_causal_model(config.reference or "", "reference")
+    reference = given.reference or load_causal_model(path or "", "reference")
     _require_parameters_of_its_own(reference, policy)
-    named = config.reference if given.reference is None else None
+    named = path if given.reference is None else None
     source = reference.config._name_or_path or named or "the model that was given"
     require_same_vocabulary(tokenizer, source, reference, policy.config.get_text_config().vocab_size)
     return frozen(reference)
 
 
+def require_learning(policy: PreTrainedModel) -> None:
+    """Raise ModelError unless something of the policy learns, and a checkpoint would hold all that does."""
+    learning = {name: policy.get_parameter(name) for name in learning_names(policy)}
+    if not learning:
+        raise ModelError(
+            "Expected a policy with parameters that learn, found that all of them are frozen; "
+            "set requires_grad, or load an adapter with is_trainable=True."
+        )
+    if adapter_name(policy) is None:
+        return
+    kept = {tensor.data_ptr() for tensor in adapter_tensors(policy).values()}
+    outside = [name for name, parameter in learning.items() if parameter.data_ptr() not in kept]
+    if outside:
+        raise ModelError(
+            f"Expected a policy whose adapter alone learns, found that {outside[0]} does too; freeze it, or name its "
+            "module in modules_to_save of the adapter."
+        )
+
+
 def _require_parameters_of_its_own(reference: PreTrainedModel, policy: PreTrainedModel) -> None:
-    learning = {id(parameter) for parameter in policy.parameters()}
+    learning = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
     shared = [name for name, parameter in reference.named_parameters() if id(parameter) in learning]
     if shared:
         raise ModelError(

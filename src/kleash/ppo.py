@@ -1,8 +1,10 @@
 """One PPO update: the clipped steps on a rollout that has been scored."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Literal
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from kleash.batch import MicroBatch, Rollout, micro_batch_of
 from kleash.errors import NonFiniteError
 from kleash.estimators import kl_policy_ref_per_token_k2, kl_policy_ref_per_token_k3
-from kleash.language_model import Models, PositionStats
+from kleash.language_model import Models, PositionStats, RefStates
 from kleash.losses import clipped_policy_loss_per_token, clipped_value_loss_per_token, policy_ratio
 from kleash.masking import Reduce, masked, whiten
 from kleash.models import trainable_parameters
@@ -51,6 +53,9 @@ class PPOConfig(BaseModel):
     """AdamW's decay rates of the first and second moment."""
     adam_epsilon: float = Field(1e-8, gt=0, allow_inf_nan=False)
     """AdamW's epsilon."""
+    max_kl_old_policy_per_token: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """The update ends early, before a step on which the k3 estimate of KL(old policy || policy) lies above this, in
+    nats per token; null = every step is taken."""
     max_gradient_norm: float = Field(1.0, gt=0)
     """Gradients of policy and value model together are scaled down to this norm."""
     gamma: float = Field(1.0, ge=0, le=1)
@@ -149,28 +154,32 @@ def _stats_and_leash_loss(
     """What the policy says now, and kl_weight * the sum of the KL in the loss, both with gradient."""
     mask, form = part.response_mask, targets.kl_in_loss
     if form is None or targets.kl_weight is None:
-        stats = models.policy(part, None, None, temperature=temperature)
+        stats = models.policy(part, None, temperature=temperature)
         return stats, stats.policy_logprobs.new_zeros(())
     weight = part.own(targets.kl_weight)
     if form == "exact":
-        stats = models.policy(part, models.reference, _ref_states(models, part, targets), temperature=temperature)
+        stats = models.policy(part, _ref_states(models, part, targets), temperature=temperature)
         return stats, (weight * stats.kl_policy_ref_per_token).sum()
     assert targets.ref_logprobs is not None
-    stats = models.policy(part, None, None, temperature=temperature)
+    stats = models.policy(part, None, temperature=temperature)
     estimate = {"k2": kl_policy_ref_per_token_k2, "k3": kl_policy_ref_per_token_k3}[form]
     return stats, (weight * estimate(stats.policy_logprobs, part.own(targets.ref_logprobs), mask)).sum()
 
 
 @torch.no_grad()
-def _ref_states(models: Models, part: MicroBatch, targets: Targets) -> Tensor:
+def _ref_states(models: Models, part: MicroBatch, targets: Targets) -> RefStates:
     """The reference's states of a micro-batch: kept from the rollout, or else from another forward pass."""
-    kept = targets.ref_states
-    return models.reference.states(part) if kept is None else part.own(kept)[part.response_mask]
+    if targets.ref_states is None:
+        return models.reference.ref_states(part)
+    return RefStates(model=models.reference, states=part.own(targets.ref_states)[part.response_mask])
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateStats:
-    """Means over all optimizer steps of an update; losses per token, KL in nats per token, norms before clipping."""
+    """Means over all optimizer steps of an update; losses per token, KL in nats per token, norms before clipping.
+
+    steps is how many were taken; a step that was refused, since the policy had moved too far, is measured too.
+    """
 
     policy_loss: float
     leash_loss: float
@@ -182,6 +191,7 @@ class UpdateStats:
     ratio_max_first_step: float
     kl_old_policy_per_token_k3: float
     gradient_norm: float
+    steps: int
 
 
 def ppo_update(
@@ -200,19 +210,24 @@ def ppo_update(
     The loss of a step is the mean over the response tokens of its minibatch (or, by config.reduction, the sum over
     each response and the mean over responses), over all processes and micro-batches together, so neither the size
     of a micro-batch nor the number of processes changes it. Policy loss, KL in the loss and value loss share it.
+    Where config.max_kl_old_policy_per_token is exceeded, that step and all later ones are left out.
 
     Raises:
       NonFiniteError: a loss or the gradient norm is NaN or infinite; the step that showed it is not taken.
     """
-    steps = [
-        _optimizer_step(
+    limit = math.inf if config.max_kl_old_policy_per_token is None else config.max_kl_old_policy_per_token
+    rows, taken = [], 0
+    for micro_batches in chain.from_iterable(epochs):
+        row = _gradients_of_step(
             models, rollout, targets, micro_batches, config,
             temperature=temperature, optimizer=optimizer, accelerator=accelerator,
-        )
-        for minibatches in epochs
-        for micro_batches in minibatches
-    ]  # fmt: skip
-    table = torch.stack(steps)
+        )  # fmt: skip
+        rows.append(row)
+        if float(row[7] / row[0]) > limit:
+            break
+        optimizer.step()
+        taken += 1
+    table = torch.stack(rows)
     tokens = table[:, 0].sum()
     policy_loss, leash_loss, value_loss, clipped, value_clipped, ratio, kl = (table[:, 1:8].sum(0) / tokens).tolist()
     return UpdateStats(
@@ -226,10 +241,11 @@ def ppo_update(
         ratio_max_first_step=float(table[0, 8]),
         kl_old_policy_per_token_k3=kl,
         gradient_norm=float(table[:, 9].mean()),
+        steps=taken,
     )
 
 
-def _optimizer_step(
+def _gradients_of_step(
     models: Models,
     rollout: Rollout,
     targets: Targets,
@@ -240,7 +256,7 @@ def _optimizer_step(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
 ) -> Tensor:
-    """One step; returns the float64 row that ppo_update adds up."""
+    """Clipped gradients of one step; returns the float64 row that ppo_update adds up, the same on every process."""
     parts = [micro_batch_of(rollout, rows) for rows in micro_batches]
     divisor = accelerator.reduce(_own_divisor(parts, config), "sum")
     optimizer.zero_grad()
@@ -265,7 +281,6 @@ def _optimizer_step(
             f"Expected a finite gradient norm, found {float(norm)}; lower the learning rate, "
             "or resume from the last checkpoint."
         )
-    optimizer.step()
     return _reduced_row(sums, torch.as_tensor(norm), accelerator)
 
 

@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,23 +14,28 @@ from accelerate.utils import LoggerType
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
+from kleash.alarms import AlarmContext, AlarmWatch
 from kleash.checkpoint import (
     CheckpointState,
     Learners,
     checkpoints_in,
+    clear_up,
     load_learners,
     read_checkpoint_state,
     require_same_run,
     save_checkpoint,
 )
-from kleash.config import RunConfig, config_as_yaml
+from kleash.config import CONTROLLERS, RunConfig, config_as_yaml
+from kleash.drift import Record
 from kleash.errors import ConfigError, KleashWarning, RunDirectoryError
+from kleash.first_beta import first_beta
 from kleash.kl_form import FORMS
-from kleash.language_model import Models, language_models
+from kleash.language_model import LanguageModel, Models, language_models
 from kleash.leash import Leash
 from kleash.models import fingerprint, trainable_parameters
 from kleash.parts import Given, Parts, load_parts, require_working_scorers
 from kleash.prompts import prompts_fingerprint
+from kleash.reference import move_towards
 from kleash.run_directory import RunDirectory
 from kleash.scorers import reward_models
 
@@ -47,17 +53,31 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     leash: Leash
     reference_fingerprint: str
+    watch: AlarmWatch
+    records: list[Record] = field(default_factory=list)
     completed: int = 0
+    roll_backs: int = 0
     weights_are_between_updates: bool = True
 
     @property
     def learners(self) -> Learners:
-        return Learners(policy=self.parts.policy, value=self.parts.value, optimizer=self.optimizer)
+        return Learners(
+            policy=self.parts.policy,
+            value=self.parts.value,
+            optimizer=self.optimizer,
+            moving_reference=None if self.parts.first_reference is None else self.parts.reference,
+        )
 
     def share(self, rows: int) -> slice:
         """The rows of this process."""
         own = rows // self.accelerator.num_processes
         return slice(self.accelerator.process_index * own, (self.accelerator.process_index + 1) * own)
+
+    def move_reference(self, update: int) -> None:
+        """Let a reference that follows the policy take its step after an update; any other stays."""
+        share = self.config.reference.share_after(update)
+        if self.parts.first_reference is not None and share:
+            move_towards(self.parts.reference, self.parts.policy, share)
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum over processes."""
@@ -83,20 +103,47 @@ def run_from(config: RunConfig, given: Given, *, resume: bool) -> Run:
     accelerator = _accelerator(config)
     _require_even_shares(config, accelerator.num_processes)
     parts = load_parts(config, given)
-    for model in (parts.policy, parts.reference, parts.value, *_scoring_models(parts)):
+    first = [] if parts.first_reference is None else [parts.first_reference]
+    for model in (parts.policy, parts.reference, *first, parts.value, *_scoring_models(parts)):
         model.to(accelerator.device)
     with accelerator.autocast():
         require_working_scorers(parts, config, accelerator.device)
     run = _assembled(config, directory, accelerator, parts)
-    if going_on:
-        _restore(run)
+    if going_on and accelerator.is_main_process:
+        clear_up(directory.checkpoints)
+    accelerator.wait_for_everyone()
+    found = checkpoints_in(directory.checkpoints)
+    if found:
+        restore(run, found[-1])
+    elif config.leash.beta == "auto":
+        with accelerator.autocast():
+            run.leash = config.leash.build(beta=_first_beta(run))
     if accelerator.is_main_process:
         directory.start(config_as_yaml(config))
         directory.forget_after(run.completed)
-        if not checkpoints_in(directory.checkpoints):
+        directory.forget_roll_backs_after(run.roll_backs)
+        if not found:
             write_checkpoint(run)
     accelerator.wait_for_everyone()
+    run.records = directory.lines("records.jsonl")
+    run.watch = alarm_watch(config, run.records)
     return run
+
+
+def _first_beta(run: Run) -> float:
+    own = run.share(run.config.rollout.prompts_per_update)
+    return first_beta(run.parts, run.config, own=own, device=run.accelerator.device, reduce=run.add_up)
+
+
+def alarm_watch(config: RunConfig, records: Sequence[Record]) -> AlarmWatch:
+    """A watch that has seen the records so far."""
+    leash = config.leash
+    bounds = (leash.beta_min, leash.beta_max) if leash.kind in CONTROLLERS else (None, None)
+    context = AlarmContext(target_kl_per_sequence=leash.target_kl_per_sequence, beta_min=bounds[0], beta_max=bounds[1])
+    watch = AlarmWatch(config.alarms, context)
+    for record in records:
+        watch.see(record)
+    return watch
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
@@ -153,17 +200,20 @@ def _assembled(config: RunConfig, directory: RunDirectory, accelerator: Accelera
     shape = {"constant": "constant_with_warmup"}.get(ppo.learning_rate_schedule, ppo.learning_rate_schedule)
     scheduler = get_scheduler(shape, optimizer, num_warmup_steps=ppo.warmup_updates, num_training_steps=config.updates)
     language_model, reference = language_models(parts.policy, parts.reference, vocab=parts.vocab)
+    first = parts.first_reference
+    first_reference = None if first is None else LanguageModel(first, linear=reference.linear, vocab=parts.vocab)
     policy, value, prepared_optimizer = accelerator.prepare(language_model, parts.value, optimizer)
     return Run(
         config=config,
         directory=directory,
         accelerator=accelerator,
         parts=parts,
-        models=Models(policy=policy, value=value, reference=reference),
+        models=Models(policy=policy, value=value, reference=reference, first_reference=first_reference),
         optimizer=prepared_optimizer,
         scheduler=scheduler,
-        leash=config.leash.build(),
-        reference_fingerprint=fingerprint(parts.reference),
+        leash=config.leash.build(beta=config.leash.beta_min if config.leash.beta == "auto" else None),
+        watch=alarm_watch(config, []),
+        reference_fingerprint=fingerprint(parts.reference),  # where it begins: nothing has moved yet
     )
 
 
@@ -188,21 +238,23 @@ def _require_same_config(directory: RunDirectory, config: RunConfig) -> None:
         )
 
 
-def _restore(run: Run) -> None:
-    """Take up the newest checkpoint; without any, the run begins at its start."""
-    found = checkpoints_in(run.directory.checkpoints)
-    if not found:
-        return
-    state = read_checkpoint_state(found[-1])
+def restore(run: Run, checkpoint: Path) -> None:
+    """Put the run back to a checkpoint: learners, schedule, leash, and how far it is.
+
+    Raises:
+      CheckpointError: it is damaged, or was made with another reference or other prompts.
+    """
+    state = read_checkpoint_state(checkpoint)
     require_same_run(
         state,
         reference_fingerprint=run.reference_fingerprint,
         prompts_fingerprint=prompts_fingerprint(run.parts.prompts),
     )
-    load_learners(found[-1], run.learners)
+    load_learners(checkpoint, run.learners)
     run.scheduler.load_state_dict(state.scheduler)
     run.leash = run.leash.restored(state.leash)
     run.completed = state.update
+    run.roll_backs = state.roll_backs
 
 
 def save(run: Run) -> Path:
@@ -214,9 +266,14 @@ def save(run: Run) -> Path:
     return run.directory.checkpoints / f"{run.completed:06d}"
 
 
-def write_checkpoint(run: Run) -> None:
-    """The part of `save` that the main process does, waiting for nobody: also right while an error is on its way."""
-    if (run.directory.checkpoints / f"{run.completed:06d}").exists():
+def write_checkpoint(run: Run, *, again: bool = False) -> None:
+    """The part of `save` that the main process does, waiting for nobody: also right while an error is on its way.
+
+    Args:
+      run: the run.
+      again: also where the checkpoint is there already, as after a roll-back, whose leash is another one.
+    """
+    if (run.directory.checkpoints / f"{run.completed:06d}").exists() and not again:
         return
     state = CheckpointState(
         update=run.completed,
@@ -225,6 +282,7 @@ def write_checkpoint(run: Run) -> None:
         scheduler=run.scheduler.state_dict(),
         reference_fingerprint=run.reference_fingerprint,
         prompts_fingerprint=prompts_fingerprint(run.parts.prompts),
+        roll_backs=run.roll_backs,
     )
     save_checkpoint(
         run.directory.checkpoints, run.learners, run.parts.tokenizer, state, keep=run.config.checkpoint.keep

@@ -2,8 +2,11 @@
 
 RUN/config.yaml        the resolved configuration
 RUN/records.jsonl      one line per update, every figure of the glossary
+RUN/drift.jsonl        where the policy drifts: by position, class and token, one line per update
 RUN/timings.jsonl      seconds by phase, one line per update (apart, since no two runs agree on them)
 RUN/samples.jsonl      some responses of every update
+RUN/alarms.jsonl       every alarm that was raised
+RUN/roll_backs.jsonl   one line per roll-back, with the records that were given up
 RUN/checkpoints/N/     the state after N updates
 RUN/report.html        the page
 """
@@ -18,7 +21,7 @@ from typing import Any
 
 from kleash.errors import RunDirectoryError
 
-LINE_FILES = ("records.jsonl", "timings.jsonl", "samples.jsonl")
+LINE_FILES = ("records.jsonl", "drift.jsonl", "timings.jsonl", "samples.jsonl", "alarms.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +77,27 @@ class RunDirectory:
         with (self.path / file).open("a", encoding="utf-8") as lines:
             lines.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
+    def lines(self, file: str) -> list[dict[str, Any]]:
+        """The rows of a line file, none if it is not there."""
+        path = self.path / file
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
     def forget_after(self, update: int) -> None:
         """Drop every line of a later update, and a last line that was cut short."""
         for file in LINE_FILES:
-            path = self.path / file
-            if path.exists():
-                kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_of(line, update)]
-                write_atomically(path, b"".join(kept).decode())
+            self._keep(file, "update", update)
 
+    def forget_roll_backs_after(self, roll_back: int) -> None:
+        """Drop every roll-back that came later, and so will come again."""
+        self._keep("roll_backs.jsonl", "roll_back", roll_back)
 
-def _is_of(line: bytes, last_update: int) -> bool:
-    """Whether a line is whole and belongs to an update up to the last one."""
-    return line.endswith(b"\n") and json.loads(line)["update"] <= last_update
+    def _keep(self, file: str, key: str, last: int) -> None:
+        """Keep the whole lines whose number is not beyond the last."""
+        path = self.path / file
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)[key] <= last]
+            write_atomically(path, b"".join(kept).decode())
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,20 +10,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.batch import Prompts, Rollout
-from kleash.config import LeashConfig, RunConfig, config_from
-from kleash.drift import Record, SequenceFigures, explained_variance, record_of, sequence_figures
-from kleash.errors import ModelError, RewardError
+from kleash.config import LeashConfig, ReferenceConfig, RunConfig, config_from
+from kleash.drift import (
+    Record,
+    SequenceFigures,
+    TokenFigures,
+    explained_variance,
+    record_of,
+    sequence_figures,
+    token_figures,
+)
+from kleash.drift_map import drift_map, special_token_ids
+from kleash.errors import ModelError, NonFiniteError, RewardError, RunStopped
+from kleash.guard import guarded, rescued
 from kleash.interrupt import Stop, stop_on_signals
 from kleash.kl_form import FORMS, KLName
-from kleash.models import load_tokenizer
+from kleash.leash import Measurement
+from kleash.models import causal_model, load_tokenizer
 from kleash.parts import Given
 from kleash.ppo import PPOConfig, minibatches_of, ppo_update
 from kleash.progress import RunProgress, silent_libraries
@@ -32,18 +43,22 @@ from kleash.report import write_report
 from kleash.rollout import RolloutConfig, rollout_of
 from kleash.run import Run, run_from, save, write_checkpoint
 from kleash.scorers import FunctionScorer, RewardFunction, Scorer, model_scorer
-from kleash.scoring import score_rollout
+from kleash.scoring import Scored, score_rollout
 from kleash.seeds import derived_seed, generator_for
 from kleash.targets import targets_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a finished or interrupted run left behind."""
+    """What a finished or interrupted run left behind.
+
+    interrupted says that updates are left to do; stop_requested that a signal came, perhaps during the last of them.
+    """
 
     out: Path
     completed_updates: int
     interrupted: bool
+    stop_requested: bool
     checkpoint: Path
 
 
@@ -77,34 +92,56 @@ def train_run(config: RunConfig, given: Given, *, resume: bool = False, quiet: b
     ):
         try:
             _loop(run, progress, stop)
-        except BaseException:
+        except BaseException as error:
             if main and run.weights_are_between_updates:
                 write_checkpoint(run)
+            if main and run.records and isinstance(error, RunStopped):
+                write_report([run.directory.path], run.directory.report)
             raise
         checkpoint = save(run)
-    if main and run.completed:
+    if main and run.records:
         write_report([run.directory.path], run.directory.report)
-    run.accelerator.end_training()
-    interrupted = run.completed < config.updates
+    for tracker in run.accelerator.trackers:
+        tracker.finish()  # not end_training, which parts the processes for good: the next run of a sweep needs them
     return RunResult(
-        out=run.directory.path, completed_updates=run.completed, interrupted=interrupted, checkpoint=checkpoint
+        out=run.directory.path,
+        completed_updates=run.completed,
+        interrupted=run.completed < config.updates,
+        stop_requested=_anyone(run, stop.requested),
+        checkpoint=checkpoint,
     )
 
 
 def _loop(run: Run, progress: RunProgress, stop: Stop) -> None:
     while run.completed < run.config.updates:
-        record, timings, samples = update(run, run.completed + 1)
+        try:
+            record, drift, timings, samples = update(run, run.completed + 1)
+        except NonFiniteError as error:
+            progress.say(rescued(run, error))
+            continue
         if run.accelerator.is_main_process:
             run.directory.append("records.jsonl", [record])
+            run.directory.append("drift.jsonl", [drift])
             run.directory.append("timings.jsonl", [timings])
             run.directory.append("samples.jsonl", samples)
-        run.weights_are_between_updates = True  # only now: a checkpoint never counts an update whose lines are missing
         run.accelerator.log({key: value for key, value in record.items() if value is not None}, step=run.completed)
         progress.show(record, timings)
+        _guard(run, record, progress)
         if _anyone(run, stop.requested):
             return
         if run.completed % run.config.checkpoint.every == 0:
             save(run)
+
+
+def _guard(run: Run, record: Record, progress: RunProgress) -> None:
+    """Let the alarms and the ceiling act; only then may a checkpoint count the update."""
+    try:
+        for sentence in guarded(run, record):
+            progress.say(sentence)
+    except RunStopped:
+        run.weights_are_between_updates = True
+        raise
+    run.weights_are_between_updates = True
 
 
 def _anyone(run: Run, flag: bool) -> bool:
@@ -112,8 +149,11 @@ def _anyone(run: Run, flag: bool) -> bool:
     return bool(run.add_up(torch.tensor(float(flag), device=run.accelerator.device)) > 0)
 
 
-def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str, Any]]]:
-    """One update, from prompts to drift; returns its record, its seconds by phase, and some samples."""
+def update(run: Run, number: int) -> tuple[Record, dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """One update, from prompts to drift; returns its record, its drift map, its seconds by phase, and some samples.
+
+    A reference that follows the policy moves after the PPO steps, so the next update is the first to be measured to it.
+    """
     config, form, clock = run.config, FORMS[run.config.kl], Clock()
     set_seed(derived_seed(config.seed, "update", number, run.accelerator.process_index) % 2**32)
     with clock.phase("total"):
@@ -132,7 +172,7 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str
                 temperature=config.rollout.temperature,
                 keep_ref_states=form.in_loss == "exact",
             )
-        figures = _gathered(run, sequence_figures(rollout, scored, scores, eval_scores))
+        figures, tokens = _gathered(run, rollout, scored, scores, eval_scores)
         aim = targets_of(rollout, scored, scores, config.ppo, form=form, beta=run.leash.beta, reduce=run.add_up)
         with clock.phase("optimising"):
             run.weights_are_between_updates = False
@@ -146,9 +186,11 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str
                 optimizer=run.optimizer,
                 accelerator=run.accelerator,
             )
+        run.move_reference(number)
         record = record_of(
             number,
             figures,
+            tokens,
             stats,
             missing_eos_penalty=config.ppo.missing_eos_penalty,
             beta=run.leash.beta,
@@ -159,10 +201,17 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], list[dict[str
                 aim.targets.old_values, aim.targets.returns, rollout.response_mask, reduce=run.add_up
             ),
         )
-        run.leash = run.leash.after(figures.kl_interval.mean, sequences=figures.kl_interval.n)
+        run.leash = run.leash.after(
+            Measurement(
+                update=number,
+                kl_policy_ref_per_sequence=figures.kl_interval.mean,
+                sequences=figures.kl_interval.n,
+            )
+        )
         run.scheduler.step()
         run.completed = number
-    return record, {"update": number, **clock.seconds}, _samples(run, number, prompts, rollout, figures)
+        drift = drift_map(number, tokens, run.parts.tokenizer)
+    return record, drift, {"update": number, **clock.seconds}, _samples(run, number, prompts, rollout, figures)
 
 
 def sampled(run: Run, number: int) -> tuple[Prompts, Rollout]:
@@ -208,10 +257,23 @@ def _epochs(run: Run, number: int) -> Iterator[list[list[Tensor]]]:
         yield minibatches_of(rows, run.config.ppo, generator)
 
 
-def _gathered(run: Run, columns: dict[str, Tensor]) -> SequenceFigures:
-    """The per-sequence columns of all processes, in the order of the prompts."""
-    gathered = {name: run.accelerator.gather(column).cpu() for name, column in columns.items()}
-    return SequenceFigures(**{"eval_scores": None, **gathered})
+def _gathered(
+    run: Run, rollout: Rollout, scored: Scored, scores: Tensor, eval_scores: Tensor | None
+) -> tuple[SequenceFigures, TokenFigures]:
+    """The figures of all processes, per sequence and per token, in the order of the prompts."""
+
+    def gather(columns: dict[str, Tensor]) -> dict[str, Any]:
+        return {name: run.accelerator.gather(column).cpu() for name, column in columns.items()}
+
+    of_tokens = token_figures(
+        rollout,
+        scored,
+        time=run.config.rollout.max_new_tokens,
+        eos_token_ids=run.parts.eos_token_ids,
+        special_token_ids=special_token_ids(run.parts.tokenizer),
+    )
+    of_sequences = gather(sequence_figures(rollout, scored, scores, eval_scores))
+    return SequenceFigures(**{"eval_scores": None, **of_sequences}), TokenFigures(**gather(of_tokens))
 
 
 def _samples(
@@ -247,8 +309,11 @@ def _flat(config: RunConfig) -> dict[str, Any]:
     return flat
 
 
-ModelOrPath = PreTrainedModel | str | Path
-Reward = RewardFunction | PreTrainedModel | str | Path
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ModelOrPath: TypeAlias = "PreTrainedModel | PeftModel | str | Path"
+Reward: TypeAlias = RewardFunction | PreTrainedModel | str | Path
 
 
 def train(
@@ -257,7 +322,7 @@ def train(
     reward: Reward,
     prompts: list[str] | list[dict[str, Any]] | str | Path,
     out: str | Path,
-    reference: ModelOrPath | None = None,
+    reference: "ModelOrPath | ReferenceConfig | None" = None,
     eval_reward: Reward | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     kl: KLName = "exact",
@@ -273,11 +338,12 @@ def train(
     """Train a policy against a reward on a KL leash: `kleash train` with models, paths or functions.
 
     Args:
-      policy: a causal model (trained in place) or where to load one.
+      policy: a causal model, perhaps with an adapter (trained in place), or where to load one.
       reward: `f(prompts, completions, **columns) -> list[float]`, a reward model, a path, or "module:function".
       prompts: strings, rows with a key `prompt`, a file, or a data set's name.
       out: directory of the run; must not hold another one unless `resume`.
-      reference: what the KL is measured to; None = a frozen copy of the policy as it comes in.
+      reference: what the KL is measured to: a model, a path, or a ReferenceConfig; None = a frozen copy of the policy
+        as it comes in, its adapter included.
       eval_reward: the held-out judge, in the same forms as reward; trains nothing.
       tokenizer: of the policy; None = loaded from where the policy came from.
       kl: how the KL enters training: "exact", "k1", "blend", or a biased form by its name if allow_biased.
@@ -300,7 +366,7 @@ def train(
         "reward": _name(reward),
         "prompts": "given as a list" if isinstance(prompts, list) else str(prompts),
         "out": str(out),
-        "reference": None if reference is None else _name(reference),
+        "reference": reference if reference is None or isinstance(reference, ReferenceConfig) else _name(reference),
         "eval_reward": None if eval_reward is None else _name(eval_reward),
         "kl": kl,
         "allow_biased": allow_biased,
@@ -313,9 +379,11 @@ def train(
     config = config_from(content, "the arguments of kleash.train")
     tokenizer = tokenizer or _tokenizer_of(policy)
     given = Given(
-        policy=policy if isinstance(policy, PreTrainedModel) else None,
+        policy=None if isinstance(policy, str | Path) else causal_model(policy),
         tokenizer=tokenizer,
-        reference=reference if isinstance(reference, PreTrainedModel) else None,
+        reference=None
+        if reference is None or isinstance(reference, str | Path | ReferenceConfig)
+        else causal_model(reference),
         scorer=_scorer(reward, tokenizer),
         eval_scorer=None if eval_reward is None else _scorer(eval_reward, tokenizer),
         rows=[{"prompt": row} if isinstance(row, str) else row for row in prompts]
@@ -326,17 +394,17 @@ def train(
 
 
 def _tokenizer_of(policy: ModelOrPath) -> PreTrainedTokenizerBase:
-    source = policy.config._name_or_path if isinstance(policy, PreTrainedModel) else policy
+    source = policy if isinstance(policy, str | Path) else causal_model(policy).config._name_or_path
     if not str(source):
         raise ModelError("Expected a tokenizer for a policy that was loaded from nowhere, found none; give tokenizer.")
     return load_tokenizer(source)
 
 
-def _name(thing: ModelOrPath | Reward) -> str:
+def _name(thing: "ModelOrPath | Reward") -> str:
     """How a configuration names what was handed over as an object."""
     if isinstance(thing, str | Path):
         return str(thing)
-    if isinstance(thing, PreTrainedModel):
+    if isinstance(thing, nn.Module):
         return f"given as a {type(thing).__name__}"
     return f"given as the function {getattr(thing, '__qualname__', type(thing).__name__)}"
 
