@@ -5,11 +5,12 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 from tiny import (
     WORDS,
     save_tiny_world,
@@ -81,7 +82,7 @@ def test_without_a_command_it_says_what_there_is(kleash: Command) -> None:
     ended = kleash()
     assert ended.code == 2
     assert ended.out == kleash("--help").out
-    for command in ("kleash demo", "kleash train", "kleash report"):
+    for command in ("kleash demo", "kleash train", "kleash sweep", "kleash report"):
         assert command in ended.out
 
 
@@ -101,23 +102,37 @@ def test_the_version_is_the_packages(kleash: Command) -> None:
 def test_an_unknown_command_is_answered_with_the_known_ones(kleash: Command) -> None:
     ended = kleash("trian", "x")
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err == "kleash: Expected a command (demo, train, report), found 'trian'; see kleash --help.\n"
+    assert ended.err == "kleash: Expected a command (demo, train, sweep, report), found 'trian'; see kleash --help.\n"
 
 
 def test_the_help_of_train_names_every_key(kleash: Command) -> None:
     ended = kleash("train", "--help")
     assert ended.code == 0
-    for name, field in RunConfig.model_fields.items():
-        group = getattr(field.annotation, "model_fields", None)
-        for flag in [f"{name}.{inner}" for inner in group] if group else [name]:
-            assert f"--{flag.replace('_', '-')} " in ended.out, flag
+    for key in keys_of(RunConfig):
+        assert f"--{key.replace('_', '-')} " in ended.out, key
     assert "--resume" in ended.out
     assert "--debug" in ended.out
     assert kleash("train").code == 2
     assert kleash("train").out == ended.out
 
 
-@pytest.mark.parametrize(("command", "words"), [("demo", ["--out", "--seed"]), ("report", ["--out", "Directories"])])
+OTHER_HELP = [
+    ("demo", ["--out", "--seed"]),
+    ("report", ["--out", "Directories"]),
+    ("sweep", ["--leash.beta 0 0.02 0.1 1", "--resume", "--best-of N", "--best-of-prompts N", "--json FILE"]),
+]
+
+
+def keys_of(config: type[BaseModel]) -> Iterator[str]:
+    """Every dotted key of a configuration, groups within groups opened."""
+    for name, field in config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from (f"{name}.{key}" for key in keys_of(field.annotation))
+        else:
+            yield name
+
+
+@pytest.mark.parametrize(("command", "words"), OTHER_HELP)
 def test_the_help_of_the_other_commands_names_what_they_take(kleash: Command, command: str, words: list[str]) -> None:
     ended = kleash(command, "--help")
     assert ended.code == 0
@@ -222,6 +237,59 @@ def lines(out: Path) -> int:
     return len((out / "records.jsonl").read_text().splitlines())
 
 
+# a sweep; what it runs and writes is in test_sweep.py
+
+
+@pytest.fixture(scope="module")
+def swept(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sweep of two short runs without a baseline, its run.yaml beside it."""
+    out = tmp_path_factory.mktemp("swept") / "out"
+    words = [str(write_run(world, out, **SMALL)), "--updates", "1", "--leash.beta", "0", "0.5", "--best-of=0"]
+    assert main(["sweep", *words]) == 0
+    return out
+
+
+def test_sweep_prints_a_table_and_where_things_are(kleash: Command, swept: Path, tmp_path: Path) -> None:
+    words = [swept.with_suffix(".yaml"), "--updates", 1, "--leash.beta", 0, 0.5, "--best-of", 0, "--resume"]
+    ended = kleash("sweep", *words, "--json", tmp_path / "new" / "a.json")
+    assert ended.code == 0
+    head, first, second, empty, *places = ended.out.splitlines()
+    assert re.split(r"\s{2,}", head.strip()) == ["run", "score", "held-out", "KL/seq (nats)", "beta at the end"]
+    assert re.fullmatch(r"leash\.beta=0   +[+-]\S+ -> [+-]\S+ +- +0\S* +0 *", first)
+    assert second.startswith("leash.beta=0.5")
+    assert empty == ""
+    assert places == [f"sweep   {tmp_path}/new/a.json", f"report  {swept}/report.html"]
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == json.loads((swept / "sweep.json").read_text())
+
+
+def test_report_of_a_sweep_is_the_page_of_the_sweep(kleash: Command, swept: Path, tmp_path: Path) -> None:
+    ended = kleash("report", swept, "--out", tmp_path / "page.html")
+    assert (ended.code, ended.out) == (0, f"{tmp_path}/page.html\n")
+    assert (tmp_path / "page.html").read_bytes() == (swept / "report.html").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--leash.beta", "0", "1"],
+            "Expected the run's YAML file first, found --leash.beta; see kleash sweep --help.",
+        ),
+        (["--resume"], "Expected the run's YAML file first, found --resume; see kleash sweep --help."),
+        (["run.yaml", "--best-of", "-1"], "Expected one whole number for --best-of, found -1; change it."),
+        (["run.yaml", "--best-of-prompts", "1", "2"], "Expected one whole number for --best-of-prompts, found 1 2;"),
+        (["run.yaml", "--json", "a", "b"], "Expected one file for --json, found a b; change it."),
+        (["nowhere.yaml", "--seed", "0", "1"], "Expected a YAML file at nowhere.yaml, found none that can be read;"),
+        (["run.yaml", "--seed"], "Expected `--key value`, found '--seed' alone;"),
+    ],
+)
+def test_wrong_words_to_sweep_are_one_sentence(kleash: Command, words: list[str], said: str) -> None:
+    ended = kleash("sweep", *words)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith(f"kleash: {said}")
+    assert kleash("sweep").code == 2
+
+
 # bad input
 
 
@@ -319,7 +387,7 @@ BAD_INPUT: dict[str, tuple[Callable[[World, Path], dict[str, object]], list[str]
 def test_bad_input_is_one_sentence_and_touches_nothing(
     kleash: Command, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("kleash.ppo._optimizer_step", lambda *a, **k: pytest.fail("a model was trained"))
+    monkeypatch.setattr("kleash.ppo._gradients_of_step", lambda *a, **k: pytest.fail("a model was trained"))
     prepare, flags, said = BAD_INPUT[name]
     changes = prepare(world, tmp_path)
     path = tmp_path / "run.yaml"

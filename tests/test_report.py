@@ -13,8 +13,12 @@ import pytest
 import yaml
 
 from kleash import report, verdict
+from kleash.best_of_n import BestOfN, best_of_n_kl_bound
 from kleash.errors import InputError, RunDirectoryError
-from kleash.report import write_report
+from kleash.estimators import Interval
+from kleash.frontier import Frontier, frontier_as_json, frontier_from_json
+from kleash.overoptimisation import OveroptimisationCurve
+from kleash.report import write_report, write_sweep_report
 from kleash.verdict import KL, Change, Estimate, Run
 
 # --- run directories from formulas -----------------------------------------------------------------------
@@ -320,6 +324,143 @@ def test_runs_of_the_same_name_are_told_apart_by_their_parents(tmp_path: Path) -
     assert [run.label for run in report.read_runs(paths, None)] == ["a/run", "b/run"]
 
 
+# --- what the runs are held against -----------------------------------------------------------------------
+
+
+def curve_to(sqrt_kl_max: float, beta_rl: float = 0.6, **changes: Any) -> OveroptimisationCurve:
+    """R(d) = 0.5 + d (0.8 - beta_rl ln d): with 0.6 a peak at d = 1.3956, KL 1.9477, 0.8374 above the start."""
+    fit = {"start_score": 0.5, "points": 40, "sqrt_kl_min": 0.1, "residual_std": 0.05, "r_squared": 0.9, **changes}
+    return OveroptimisationCurve(alpha_rl=0.8, beta_rl=beta_rl, sqrt_kl_max=sqrt_kl_max, **fit)
+
+
+def best_of(n: int, judged: float | None) -> BestOfN:
+    def around_it(mean: float) -> Interval:
+        return Interval(mean=mean, low=mean - 0.2, high=mean + 0.2, n=64)
+
+    bound = best_of_n_kl_bound(n)
+    kl = Interval(mean=0.9 * bound, low=0.8 * bound, high=bound, n=64)
+    judge = None if judged is None else around_it(judged)
+    return BestOfN(n=n, kl_bound=bound, kl_policy_ref_per_sequence=kl, score=around_it(n / 10), eval_score=judge)
+
+
+def frontier_of(curve: OveroptimisationCurve | None = None, *, judged: float | None = 0.3) -> Frontier:
+    return Frontier(curve=curve, best_of_n=tuple(best_of(n, judged) for n in (1, 2, 16)))
+
+
+@pytest.mark.parametrize(
+    ("curve", "said"),
+    [
+        (
+            curve_to(5.0),
+            "The curve fitted to gold peaks at 1.95 nats per sequence with 1.34, which is 0.84 above the start; "
+            "beyond, more drift costs more than it brings.",
+        ),
+        (
+            curve_to(1.0),
+            "The curve fitted to gold would peak at 1.95 nats per sequence with 1.34, which is 0.84 above the start: "
+            "an extrapolation, since the runs went no farther than 1.00 nats per sequence.",
+        ),
+        (
+            curve_to(0.5),
+            "The curve fitted to gold has no peak within the drift that was reached: at 0.25 nats per sequence it is "
+            "still above the start.",
+        ),
+        (
+            curve_to(5.0, sqrt_kl_min=2.0),
+            "The curve fitted to gold has no peak within the drift that was reached: at 25.0 nats per sequence it is "
+            "below the start.",
+        ),
+    ],
+)
+def test_the_peak_is_named_where_the_runs_have_been_and_as_an_extrapolation_beyond(
+    curve: OveroptimisationCurve, said: str
+) -> None:
+    assert verdict.curve_sentence(curve, "gold") == said
+
+
+def test_the_page_says_what_best_of_n_reaches_without_training() -> None:
+    runs = [run_of([])]
+    [sentence] = verdict.frontier_sentences(frontier_of(), runs)
+    assert sentence.replace("\u00a0", " ") == (
+        "Without training, best of 16 responses of the reference brings gold to 0.30 \u00b1 0.20 at 1.65 nats per "
+        "sequence."
+    )
+    [unjudged] = verdict.frontier_sentences(frontier_of(judged=None), runs)
+    assert "brings the score to 1.60" in unjudged
+    assert verdict.frontier_sentences(Frontier(curve=None, best_of_n=()), runs) == []
+
+
+def test_a_frontier_survives_json() -> None:
+    endless = Interval(mean=0.1, low=-math.inf, high=math.inf, n=1)
+    alone = BestOfN(n=1, kl_bound=0.0, kl_policy_ref_per_sequence=endless, score=endless, eval_score=None)
+    for frontier in (frontier_of(curve_to(5.0)), frontier_of(judged=None), Frontier(curve=None, best_of_n=(alone,))):
+        written = json.dumps(frontier_as_json(frontier), allow_nan=False)
+        assert frontier_from_json(json.loads(written)) == frontier
+    entry = frontier_as_json(frontier_of(curve_to(5.0)))["curve"]
+    assert entry["peak"]["kl_policy_ref_per_sequence"] == pytest.approx(1.9477, abs=1e-4)
+    assert entry["peak_place"] == "inside"
+
+
+def test_the_curve_is_drawn_as_far_as_the_runs_went_or_to_a_peak_that_may_be_named() -> None:
+    ends = [report.drawn_curve(frontier_of(curve_to(far)))["x"][-1] for far in (5.0, 1.0, 0.5)]
+    assert ends == pytest.approx([5.0, 1.05 * 1.3956, 0.5], abs=1e-4)
+    drawn = report.drawn_curve(frontier_of(curve_to(5.0)))
+    assert drawn["peak"] == pytest.approx({"x": 1.3956, "y": 1.3374}, abs=1e-4)
+    assert drawn["y"][0] == 0.5
+    assert report.drawn_curve(frontier_of(curve_to(0.5)))["peak"] is None
+    assert report.drawn_frontier(Frontier(curve=None, best_of_n=())) is None
+    columns = report.drawn_frontier(frontier_of())["best_of_n"]
+    assert columns["bound"][-1] ** 2 == pytest.approx(1.8351, abs=1e-4)
+    assert columns["x"][-1] < columns["bound"][-1]
+
+
+def test_more_runs_than_inks_get_a_ramp_of_different_colours() -> None:
+    for theme in ("light", "dark"):
+        assert report.inks(2, theme) == report.inks(6, theme)
+        ramp = report.inks(20, theme)
+        assert len(set(ramp)) == 20
+        assert all(len(ink) == 7 and int(ink[1:], 16) >= 0 for ink in ramp)
+
+
+def sweep_of(path: Path, *worlds: str, frontier: Frontier | None = None, updates: int = 30) -> Path:
+    """A sweep's directory as `kleash sweep` leaves it."""
+    entries = []
+    for number, world in enumerate(worlds):
+        make_run(path / f"seed={number}", world, updates=updates, seed=number)
+        entries.append(
+            {"name": f"seed={number}", "label": f"seed {number}", "values": {"seed": str(number)}, "updates": updates}
+        )
+    entries.append({"name": "seed=99", "label": "seed 99", "values": {"seed": "99"}, "updates": 0})
+    content = {"runs": entries, **frontier_as_json(frontier or frontier_of(curve_to(5.0)))}
+    (path / "sweep.json").write_text(json.dumps(content))
+    return path
+
+
+def test_the_page_of_a_sweep_leaves_out_runs_without_an_update(tmp_path: Path) -> None:
+    page = write_sweep_report(sweep_of(tmp_path / "sweep", "good", "tight"))
+    assert page == tmp_path / "sweep" / "report.html"
+    text = page.read_text(encoding="utf-8")
+    assert "kleash sweep: 2 runs over seed" in text
+    assert "seed 99" not in text
+    assert "peaks at 1.95 nats per sequence" in text
+    assert "Best of 16" in text
+    data = embedded(text)
+    assert data["frontier"]["curve"]["peak"] == pytest.approx({"x": 1.3956, "y": 1.3374}, abs=1e-4)
+    assert data["frontier"]["best_of_n"]["n"] == [1, 2, 16]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"runs": [], "curve": null, "best_of_n": [{"n": 1}]}'])
+def test_a_damaged_sweep_is_one_clear_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(RunDirectoryError, match=r"Expected in .*sweep\.json what `kleash sweep` writes"):
+        write_sweep_report(tmp_path)
+
+
+def test_a_sweep_without_any_update_has_no_page(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least one run"):
+        write_sweep_report(sweep_of(tmp_path))
+
+
 # --- what it refuses -------------------------------------------------------------------------------------
 
 
@@ -384,7 +525,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_lines(vile / "samples.jsonl", samples)
     attacked = write_report([vile, runs[1]], base / "attacked.html", labels=[ATTACK, "x" * 200], title=ATTACK)
     single = write_report([runs[0]], base / "single.html")
-    return {"compared": compared, "attacked": attacked, "single": single}
+    swept = write_sweep_report(sweep_of(base / "sweep", *[*WORLDS] * 3, frontier=frontier_of(curve_to(10.0))))
+    extrapolated = write_report(runs, base / "beyond.html", frontier=frontier_of(curve_to(1.0)))
+    pages = {"compared": compared, "attacked": attacked, "single": single}
+    return {**pages, "swept": swept, "extrapolated": extrapolated}
 
 
 def test_texts_of_models_and_users_cannot_become_markup(pages: dict[str, Path]) -> None:
@@ -423,7 +567,7 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.mark.parametrize("name", ["compared", "attacked", "single"])
+@pytest.mark.parametrize("name", ["compared", "attacked", "single", "swept", "extrapolated"])
 def test_a_browser_shows_it_quietly_offline_and_within_a_phone(pages: dict[str, Path], browser: Any, name: str) -> None:
     tab = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="light")
     said: list[str] = []
@@ -473,4 +617,31 @@ def test_pressing_a_run_hides_its_lines_and_links_open_what_they_point_at(pages:
     assert "good leash from 0." in tab.locator("#frontier .canvas").get_attribute("aria-label")
     tab.locator("a[href='#health']").click()
     eventually(tab, "document.querySelector('#health').open")
+    tab.close()
+
+
+def test_the_curve_its_peak_and_best_of_n_are_drawn_beside_the_runs(pages: dict[str, Path], browser: Any) -> None:
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    words = {"swept": "peak", "extrapolated": "peak, extrapolated"}
+    for name, peak in words.items():
+        tab.goto(pages[name].as_uri())
+        texts = tab.evaluate("Array.from(document.querySelectorAll('#frontier .textpoint')).map((t) => t.textContent)")
+        assert sorted(filter(None, texts)) == ["n = 16", "n = 16", peak]
+        label = tab.locator("#frontier .canvas").get_attribute("aria-label")
+        assert "fitted curve from 0.5 to" in label
+        assert "best of n, score from 0.1 to 1.6" in label
+        assert "best of n, gold from 0.3 to 0.3" in label
+    assert tab.evaluate("document.querySelectorAll('#frontier .errorbar').length") > 0
+    tab.close()
+
+
+def test_nine_runs_have_nine_colours(pages: dict[str, Path], browser: Any) -> None:
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.goto(pages["swept"].as_uri())
+    swatches = (
+        "Array.from(document.querySelectorAll('.legend .swatch')).map((s) => getComputedStyle(s).backgroundColor)"
+    )
+    assert len(set(tab.evaluate(swatches))) == 9
+    lines = "Array.from(document.querySelectorAll('#kl .scatterlayer path.js-line')).map((p) => p.style.stroke)"
+    assert set(tab.evaluate(swatches)) <= set(tab.evaluate(lines))
     tab.close()

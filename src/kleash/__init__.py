@@ -12,9 +12,26 @@ __version__ = VERSION
 
 _NAMES_OF = {
     "advantages": ("generalized_advantages",),
+    "alarms": (
+        "Alarm",
+        "AlarmContext",
+        "AlarmWatch",
+        "AlarmsConfig",
+        "alarms_at",
+    ),
+    "best_of_n": (
+        "BestOfN",
+        "best_of_n_from_samples",
+        "best_of_n_kl",
+        "best_of_n_kl_bound",
+        "best_of_n_kl_estimate",
+        "best_of_n_logprobs",
+        "best_of_n_weights",
+    ),
     "config": (
         "CheckpointConfig",
         "LeashConfig",
+        "ReferenceConfig",
         "RunConfig",
         "read_config",
     ),
@@ -47,14 +64,19 @@ _NAMES_OF = {
         "mean_with_interval",
         "per_sequence",
     ),
+    "frontier": ("Frontier",),
     "fused.stats": (
         "TokenStats",
         "token_stats",
     ),
     "leash": (
+        "BudgetLeash",
         "FixedLeash",
         "Leash",
+        "Measurement",
+        "ScheduledLeash",
         "ZieglerLeash",
+        "beta_for_budget",
     ),
     "logprobs": (
         "full_log_probs",
@@ -68,14 +90,31 @@ _NAMES_OF = {
         "masked_mean",
         "whiten",
     ),
+    "overoptimisation": (
+        "OveroptimisationCurve",
+        "Peak",
+        "overoptimisation_curve",
+    ),
     "ppo": ("PPOConfig",),
-    "report": ("write_report",),
+    "repetition": (
+        "distinct_n_over_batch",
+        "distinct_n_per_sequence",
+    ),
+    "report": (
+        "write_report",
+        "write_sweep_report",
+    ),
     "rewards": (
         "adjusted_rewards",
         "adjusted_rewards_exact",
         "missing_eos_penalised",
     ),
     "rollout": ("RolloutConfig",),
+    "tail": (
+        "tail_gap",
+        "tail_index",
+    ),
+    "token_class": ("token_classes",),
     "training": (
         "RunResult",
         "train",

@@ -5,7 +5,17 @@ prompts -> rollout -> log-probs (policy, reference) -> KL -> adjusted rewards ->
 """
 
 from kleash.advantages import generalized_advantages
-from kleash.config import CheckpointConfig, LeashConfig, RunConfig, read_config
+from kleash.alarms import Alarm, AlarmContext, AlarmsConfig, AlarmWatch, alarms_at
+from kleash.best_of_n import (
+    BestOfN,
+    best_of_n_from_samples,
+    best_of_n_kl,
+    best_of_n_kl_bound,
+    best_of_n_kl_estimate,
+    best_of_n_logprobs,
+    best_of_n_weights,
+)
+from kleash.config import CheckpointConfig, LeashConfig, ReferenceConfig, RunConfig, read_config
 from kleash.divergence import entropy, js_divergence, kl_divergence, kl_policy_ref_per_token
 from kleash.errors import (
     CheckpointError,
@@ -30,40 +40,57 @@ from kleash.estimators import (
     mean_with_interval,
     per_sequence,
 )
+from kleash.frontier import Frontier
 from kleash.fused.stats import TokenStats, token_stats
-from kleash.leash import FixedLeash, Leash, ZieglerLeash
+from kleash.leash import BudgetLeash, FixedLeash, Leash, Measurement, ScheduledLeash, ZieglerLeash, beta_for_budget
 from kleash.logprobs import full_log_probs, token_logprobs
 from kleash.losses import clipped_policy_loss_per_token, clipped_value_loss_per_token
 from kleash.masking import masked_mean, whiten
+from kleash.overoptimisation import OveroptimisationCurve, Peak, overoptimisation_curve
 from kleash.ppo import PPOConfig
-from kleash.report import write_report
+from kleash.repetition import distinct_n_over_batch, distinct_n_per_sequence
+from kleash.report import write_report, write_sweep_report
 from kleash.rewards import adjusted_rewards, adjusted_rewards_exact, missing_eos_penalised
 from kleash.rollout import RolloutConfig
+from kleash.tail import tail_gap, tail_index
+from kleash.token_class import token_classes
 from kleash.training import RunResult, train
 
 __version__: str
 
 __all__ = [
+    "Alarm",
+    "AlarmContext",
+    "AlarmWatch",
+    "AlarmsConfig",
+    "BestOfN",
+    "BudgetLeash",
     "CheckpointConfig",
     "CheckpointError",
     "ConfigError",
     "FixedLeash",
+    "Frontier",
     "InputError",
     "Interval",
     "KleashError",
     "KleashWarning",
     "Leash",
     "LeashConfig",
+    "Measurement",
     "ModelError",
     "NonFiniteError",
+    "OveroptimisationCurve",
     "PPOConfig",
+    "Peak",
     "PromptError",
+    "ReferenceConfig",
     "RewardError",
     "RolloutConfig",
     "RunConfig",
     "RunDirectoryError",
     "RunResult",
     "RunStopped",
+    "ScheduledLeash",
     "ShapeError",
     "TokenStats",
     "ValueRangeError",
@@ -71,8 +98,18 @@ __all__ = [
     "__version__",
     "adjusted_rewards",
     "adjusted_rewards_exact",
+    "alarms_at",
+    "best_of_n_from_samples",
+    "best_of_n_kl",
+    "best_of_n_kl_bound",
+    "best_of_n_kl_estimate",
+    "best_of_n_logprobs",
+    "best_of_n_weights",
+    "beta_for_budget",
     "clipped_policy_loss_per_token",
     "clipped_value_loss_per_token",
+    "distinct_n_over_batch",
+    "distinct_n_per_sequence",
     "entropy",
     "full_log_probs",
     "generalized_advantages",
@@ -85,11 +122,16 @@ __all__ = [
     "masked_mean",
     "mean_with_interval",
     "missing_eos_penalised",
+    "overoptimisation_curve",
     "per_sequence",
     "read_config",
+    "tail_gap",
+    "tail_index",
+    "token_classes",
     "token_logprobs",
     "token_stats",
     "train",
     "whiten",
     "write_report",
+    "write_sweep_report",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `kleash demo`, `kleash train`, `kleash report`.
+"""The command line: `kleash demo`, `kleash train`, `kleash sweep`, `kleash report`.
 
 Exit codes: 0 done; 1 the run stopped itself; 2 bad usage or input; 130 interrupted, with a checkpoint saved.
 Results go to stdout, progress and errors to stderr.
@@ -25,7 +25,8 @@ kleash {VERSION}: post-train a language model against a reward model, on a KL le
 
   kleash demo                   build a small world, train it at three leashes, write the report
   kleash train  RUN.yaml        train a policy; any key can be overridden: --leash.beta 0.05
-  kleash report RUN [RUN ..]    rebuild the HTML page from a run's records; several runs side by side
+  kleash sweep  RUN.yaml        train once per value of a key, --leash.beta 0 0.02 0.1 1, and compare
+  kleash report RUN [RUN ..]    rebuild the HTML page from a run's or a sweep's records; several runs side by side
 
   kleash COMMAND --help         what a command takes
   kleash --version
@@ -83,7 +84,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: Any, 
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {"demo": _demo, "train": _train, "report": _report}
+    commands = {"demo": _demo, "train": _train, "sweep": _sweep, "report": _report}
     if name not in commands:
         raise ConfigError(f"Expected a command ({', '.join(commands)}), found {name!r}; see kleash --help.")
     return commands[name]
@@ -99,20 +100,24 @@ class ReportArguments:
     """Arguments of `kleash report`."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories of runs; several are compared on one page."""
+    """Directories of runs, or of one sweep; several runs are compared on one page."""
     out: Path | None = None
-    """The page; null = report.html in the first run's directory."""
+    """The page; null = report.html in the first directory."""
 
 
 def _report(words: list[str]) -> int:
-    from kleash.report import write_report
+    from kleash.report import write_report, write_sweep_report
 
     asked: ReportArguments = _parsed(
         ReportArguments, words, command="report", description="Rebuild the HTML page from a run's records."
     )
     if not asked.runs:
         raise ConfigError("Expected at least one run's directory, found none; name one: kleash report runs/first.")
-    print(write_report(asked.runs, asked.out or asked.runs[0] / "report.html"))
+    first, *others = asked.runs
+    if not others and (first / "sweep.json").is_file():
+        print(write_sweep_report(first, asked.out))
+    else:
+        print(write_report(asked.runs, asked.out or first / "report.html"))
     return 0
 
 
@@ -170,6 +175,14 @@ def _print_train_help(keys: type) -> None:
         _parsed(TrainArguments, ["--help"], command="train", description=description)
 
 
+def _part_processes() -> None:
+    """Leave the group of processes that a launcher started, once the work is done."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _run(config: Any, *, resume: bool, words: list[str]) -> int:
     from accelerate import PartialState
 
@@ -177,6 +190,7 @@ def _run(config: Any, *, resume: bool, words: list[str]) -> int:
     from kleash.training import train_run
 
     result = train_run(config, Given(), resume=resume)
+    _part_processes()
     if PartialState().is_main_process:
         print(f"policy  {result.checkpoint / 'policy'}")
         print(f"report  {result.out / 'report.html'}")
@@ -187,6 +201,123 @@ def _run(config: Any, *, resume: bool, words: list[str]) -> int:
     if PartialState().is_main_process:
         print(f"kleash: Interrupted after {done}; go on with: {again}", file=sys.stderr)
     return 130
+
+
+WIDEST = 1000  # of a table's line; a terminal wraps it, a file keeps it whole
+SWEEP_HELP = """\
+usage: kleash sweep RUN.yaml --KEY VALUE VALUE .. [--KEY VALUE ..] [options]
+
+Train once per value of a key, one run after the other, and show what drift bought: score and held-out score against
+sqrt(KL), the over-optimisation curve fitted to the held-out scores, best of n from the reference beside it.
+
+  kleash sweep run.yaml --leash.beta 0 0.02 0.1 1
+  kleash sweep run.yaml --leash.target_kl_per_sequence 2 6 12
+  kleash sweep run.yaml --leash.beta 0 0.1 --seed 0 1      four runs, the product
+
+A key with several values is swept; with one value it overrides the file, as in kleash train (see kleash train --help
+for the keys). Every run is a directory of its own in `out`, for example out/leash.beta=0.02; beside them lie
+report.html and sweep.json.
+
+options:
+  --resume                go on: finished runs are skipped, an interrupted one continues from its last checkpoint
+  --best-of N             largest n of the baseline, and responses drawn per prompt; 0 = no baseline (default: 16)
+  --best-of-prompts N     prompts of the baseline (default: 64)
+  --json FILE             write sweep.json there too: runs (one entry each), curve, best_of_n
+  --debug                 the traceback of an error
+
+Exit codes: 0 done; 1 a run stopped itself, the others are done; 2 bad usage or input; 130 interrupted.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepArguments:
+    """Arguments of `kleash sweep`."""
+
+    path: str
+    settings: list[str]
+    resume: bool
+    best_of: int
+    best_of_prompts: int
+    json: Path | None
+
+
+def _sweep_arguments(words: list[str]) -> SweepArguments:
+    from kleash.config import as_words, flags_of
+
+    path, *rest = [word for word in words if word != "--resume"] or [""]
+    if not path or path.startswith("-"):
+        raise ConfigError(f"Expected the run's YAML file first, found {path or '--resume'}; see kleash sweep --help.")
+    flags = list(flags_of(rest))
+    own = {key: texts for key, texts in flags if key in ("best_of", "best_of_prompts", "json")}
+    for key, texts in own.items():
+        if len(texts) > 1 or (key != "json" and not texts[0].isdecimal()):
+            expected = "one file" if key == "json" else "one whole number"
+            raise ConfigError(f"Expected {expected} for --{key.replace('_', '-')}, found {' '.join(texts)}; change it.")
+    return SweepArguments(
+        path=path,
+        settings=as_words([(key, texts) for key, texts in flags if key not in own]),
+        resume="--resume" in words,
+        best_of=int(own.get("best_of", ["16"])[0]),
+        best_of_prompts=int(own.get("best_of_prompts", ["64"])[0]),
+        json=Path(own["json"][0]) if "json" in own else None,
+    )
+
+
+def _sweep(words: list[str]) -> int:
+    if {"-h", "--help"} & set(words) or not words:
+        print(SWEEP_HELP, end="")
+        return 0 if words else 2
+    asked = _sweep_arguments(words)
+    from kleash.sweep import settings_of, sweep
+
+    result = sweep(
+        settings_of(asked.path, asked.settings),
+        resume=asked.resume,
+        best_of=asked.best_of,
+        prompts=asked.best_of_prompts,
+        say=lambda sentence: _say(f"kleash: {sentence}"),
+    )
+    _part_processes()
+    waiting, stopped = result.names("interrupted", "waiting"), result.names("stopped")
+    if waiting:
+        again = shlex.join(["kleash", "sweep", *(word for word in words if word != "--resume"), "--resume"])
+        _say(f"kleash: Interrupted; {_listed(waiting)} left to finish; go on with: {again}")
+        return 130
+    if result.json is not None:
+        _print_sweep(result, asked.json)
+    if stopped:
+        _say(f"kleash: Expected every run to finish, found that {_listed(stopped)} stopped by itself; see above why.")
+    return 1 if stopped else 0
+
+
+def _listed(names: Sequence[str]) -> str:
+    """
+    >>> _listed(["a"]), _listed(["a", "b", "c"])
+    ('a', 'a, b and c')
+    """
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _say(sentence: str) -> None:
+    """A sentence on stderr, by the main process alone."""
+    from kleash.sweep import is_main_process
+
+    if is_main_process():
+        print(sentence, file=sys.stderr)
+
+
+def _print_sweep(result: Any, json_file: Path | None) -> None:
+    """The table and the places of what was written; the same JSON also where the caller wants it."""
+    from rich.console import Console
+
+    from kleash.run_directory import write_atomically
+    from kleash.sweep import table_of
+
+    Console(highlight=False, width=WIDEST).print(table_of(result))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(json_file, result.json.read_text(encoding="utf-8"))
+    print(f"\nsweep   {json_file or result.json}" + (f"\nreport  {result.report}" if result.report else ""))
 
 
 if __name__ == "__main__":

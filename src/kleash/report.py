@@ -19,18 +19,22 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from plotly.colors import sample_colorscale, unlabel_rgb
 from plotly.offline import get_plotlyjs
 
 from kleash.errors import InputError, RunDirectoryError
+from kleash.frontier import Frontier, frontier_from_json
 from kleash.verdict import (
     ARROW,
     KL,
     Record,
     Run,
+    as_estimate,
     change,
     comparison_verdict,
     drift,
     figure_of,
+    frontier_sentences,
     interval,
     judge_change,
     judge_name,
@@ -52,6 +56,12 @@ DRAWN = (
 PHASES = ("sampling", "rewarding", "scoring", "optimising")
 MOST_POINTS = 1000  # drawn per line
 SAMPLES_SHOWN = 3  # per update and run
+CURVE_POINTS = 80
+INKS = {  # of the runs, on a light and on a dark page
+    "light": ("#0072b2", "#d55e00", "#00875f", "#b3568f", "#b07900", "#2f93c9"),
+    "dark": ("#4fb0ec", "#ff8b45", "#2fcb9b", "#e391c3", "#f0b93a", "#a5d8f7"),
+}
+RAMP = {"light": (0.0, 0.85), "dark": (0.25, 1.0)}  # of Viridis, where there are more runs than inks
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 
 
@@ -110,6 +120,23 @@ def read_runs(paths: Sequence[Path], labels: Sequence[str] | None) -> list[Run]:
         name if names.count(name) == 1 else f"{path.parent.name}/{name}" for path, name in zip(full, names, strict=True)
     ]
     return [read_run(path, label) for path, label in zip(paths, labels or own, strict=True)]
+
+
+def read_sweep(path: Path) -> tuple[list[Record], Frontier]:
+    """The entries of a sweep's runs that have records, and its frontier, from sweep.json.
+
+    Raises:
+      RunDirectoryError: sweep.json is not what a sweep writes.
+    """
+    file = path / "sweep.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        entries = [{key: entry[key] for key in ("name", "label", "values", "updates")} for entry in content["runs"]]
+        return [entry for entry in entries if entry["updates"]], frontier_from_json(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(
+            f"Expected in {file} what `kleash sweep` writes, found something else; run the sweep again with --resume."
+        ) from error
 
 
 # --- the page --------------------------------------------------------------------------------------------
@@ -271,6 +298,70 @@ def summary(run: Run, longest: float) -> dict[str, Any]:
     }
 
 
+def inks(count: int, theme: str) -> list[str]:
+    """A colour for each run, at least as many as INKS has; more runs than that get a ramp, in their order.
+
+    >>> inks(3, "light")[0], len(inks(3, "light")), inks(8, "light")[0], len(inks(8, "light"))
+    ('#0072b2', 6, '#440154', 8)
+    """
+    if count <= len(INKS[theme]):
+        return list(INKS[theme])
+    low, high = RAMP[theme]
+    places = [low + (high - low) * run / (count - 1) for run in range(count)]
+    return [
+        "#" + "".join(f"{round(part):02x}" for part in unlabel_rgb(c)) for c in sample_colorscale("Viridis", places)
+    ]
+
+
+def drawn_frontier(frontier: Frontier | None) -> dict[str, Any] | None:
+    """The fitted curve and best of n as the plot draws them, over d = sqrt(KL); None where there is neither."""
+    if frontier is None or not (frontier.curve or frontier.best_of_n):
+        return None
+    return {"curve": drawn_curve(frontier), "best_of_n": drawn_best_of_n(frontier)}
+
+
+def drawn_curve(frontier: Frontier) -> dict[str, Any] | None:
+    """The curve over the drift that was reached, and a little beyond it if its peak lies there and may be named."""
+    curve = frontier.curve
+    if curve is None:
+        return None
+    peak = curve.peak if curve.peak_place != "none" else None
+    end = max(curve.sqrt_kl_max, 1.05 * peak.sqrt_kl if peak else 0.0)
+    along = [end * step / CURVE_POINTS for step in range(CURVE_POINTS + 1)]
+    return {
+        "x": [round(d, 5) for d in along],
+        "y": [round(curve.score_at(d), 5) for d in along],
+        "reached": curve.sqrt_kl_max,
+        "peak": {"x": peak.sqrt_kl, "y": curve.score_at(peak.sqrt_kl)} if peak else None,
+    }
+
+
+def drawn_best_of_n(frontier: Frontier) -> dict[str, list[float | None]]:
+    """Columns over n: d = sqrt(KL) as estimated and at the bound, score, held-out score."""
+    points = frontier.best_of_n
+    return {
+        "n": [float(best.n) for best in points],
+        "x": [math.sqrt(max(0.0, best.kl_policy_ref_per_sequence.mean)) for best in points],
+        "bound": [math.sqrt(best.kl_bound) for best in points],
+        "score": [best.score.mean for best in points],
+        "judged": [best.eval_score.mean if best.eval_score else None for best in points],
+    }
+
+
+def best_of_n_rows(frontier: Frontier | None) -> list[dict[str, Any]]:
+    """Best of n for the table: n, both KLs, score and held-out score with their intervals."""
+    return [
+        {
+            "n": best.n,
+            "kl": as_estimate(best.kl_policy_ref_per_sequence),
+            "bound": best.kl_bound,
+            "score": as_estimate(best.score),
+            "judge": as_estimate(best.eval_score) if best.eval_score else None,
+        }
+        for best in (frontier.best_of_n if frontier else ())
+    ]
+
+
 def embedded_json(data: object) -> Markup:
     """JSON that no HTML parser can leave: the characters <, > and & appear only as escapes."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
@@ -282,13 +373,13 @@ def shown(text: object) -> str:
     return str(text).translate(CONTROL_PICTURES)
 
 
-def page(runs: Sequence[Run], title: str | None) -> str:
+def page(runs: Sequence[Run], title: str | None, frontier: Frontier | None = None) -> str:
     """The whole page as text."""
     compared = len(runs) > 1
     series_of_runs = [{"label": html.escape(run.label), "series": drawn_series(run)} for run in runs]
     judge = judge_name(runs) if any(judge_change(run) for run in runs) else None
     longest = max((moved.mean for run in runs if (moved := drift(run))), default=0.0)
-    data = embedded_json({"runs": series_of_runs, "judge": judge})
+    data = embedded_json({"runs": series_of_runs, "judge": judge, "frontier": drawn_frontier(frontier)})
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "interval": interval, "duration": duration, "shown": shown}
     template = importlib.resources.files("kleash").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -300,6 +391,10 @@ def page(runs: Sequence[Run], title: str | None) -> str:
         runs=[summary(run, longest) for run in runs],
         config=config_rows(runs),
         samples=sample_sections(runs),
+        curve=frontier.curve if frontier else None,
+        best_of_n=best_of_n_rows(frontier),
+        frontier_sentences=frontier_sentences(frontier, runs) if frontier else [],
+        inks={theme: inks(len(runs), theme) for theme in INKS},
         data=data,
         nonce=hashlib.sha256(data.encode()).hexdigest()[:32],
         plotly=Markup(get_plotlyjs()),
@@ -308,7 +403,12 @@ def page(runs: Sequence[Run], title: str | None) -> str:
 
 
 def write_report(
-    runs: Sequence[Path], out: Path, *, labels: Sequence[str] | None = None, title: str | None = None
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    labels: Sequence[str] | None = None,
+    title: str | None = None,
+    frontier: Frontier | None = None,
 ) -> Path:
     """Writes one self-contained HTML page about one run, or comparing several, and returns its path.
 
@@ -318,6 +418,7 @@ def write_report(
       out: the page; replaced in one step, so that a reader never sees half of it.
       labels: the runs' names on the page; their directories' names otherwise.
       title: the page's title; made from the labels otherwise.
+      frontier: what the runs are held against, see kleash.frontier.
 
     Raises:
       RunDirectoryError: a directory holds no run, or a file in it cannot be read.
@@ -326,7 +427,7 @@ def write_report(
     out = Path(out)
     if out.is_dir():
         raise InputError(f"{out} is a directory: name the page to write, such as {out / 'report.html'}.")
-    text = page(read_runs(runs, labels), title)
+    text = page(read_runs(runs, labels), title, frontier)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
@@ -335,3 +436,25 @@ def write_report(
     finally:
         part.unlink(missing_ok=True)
     return out
+
+
+def write_sweep_report(sweep: Path, out: Path | None = None) -> Path:
+    """Writes the page about a sweep's directory, and returns its path.
+
+    Args:
+      sweep: the directory that holds sweep.json and the runs.
+      out: the page; None = report.html beside sweep.json.
+
+    Raises:
+      RunDirectoryError: sweep.json, or a run that it names, is missing or damaged.
+      InputError: no run of the sweep has finished an update, or `out` is a directory.
+    """
+    entries, frontier = read_sweep(sweep)
+    swept = " and ".join(entries[0]["values"]) if entries else ""
+    return write_report(
+        [sweep / entry["name"] for entry in entries],
+        out or sweep / "report.html",
+        labels=[entry["label"] for entry in entries],
+        title=f"kleash sweep: {len(entries)} runs over {swept}",
+        frontier=frontier,
+    )

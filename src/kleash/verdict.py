@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kleash.best_of_n import BestOfN
+from kleash.estimators import Interval
+from kleash.frontier import Frontier
+from kleash.overoptimisation import OveroptimisationCurve
+
 Record = Mapping[str, Any]
 
 KL = "kl_policy_ref_per_sequence"
@@ -237,6 +242,52 @@ def quoted(runs: Sequence[Run]) -> str:
 def at_drift(run: Run) -> str:
     moved = drift(run)
     return f" at {interval(moved)} nats per sequence" if moved else ""
+
+
+# --- the frontier ----------------------------------------------------------------------------------------
+
+
+def frontier_sentences(frontier: Frontier, runs: Sequence[Run]) -> list[str]:
+    """What the fitted curve and best of n say about the runs, no more than a fit to a finite range allows."""
+    judge = judge_name(runs)
+    curve = [curve_sentence(frontier.curve, judge)] if frontier.curve else []
+    return curve + ([best_of_n_sentence(frontier.best_of_n[-1], judge)] if frontier.best_of_n else [])
+
+
+def curve_sentence(curve: OveroptimisationCurve, judge: str) -> str:
+    """Where the fitted curve peaks, if its peak lies in the range of the data or not far beyond."""
+    end = f"{number(curve.sqrt_kl_max**2)} nats per sequence"
+    top, place = curve.peak, curve.peak_place
+    if top is None or place == "none":
+        rises = curve.score_at(curve.sqrt_kl_max) > curve.start_score
+        went = "it is still above the start" if rises else "it is below the start"
+        return f"The curve fitted to {judge} has no peak within the drift that was reached: at {end} {went}."
+    where = f"at {number(top.kl_policy_ref_per_sequence)} nats per sequence"
+    gain = number(top.score_above_start)
+    height = f"{number(curve.start_score + top.score_above_start)}, which is {gain} above the start"
+    if place == "beyond":
+        return (
+            f"The curve fitted to {judge} would peak {where} with {height}: an extrapolation, since the runs went no "
+            f"farther than {end}."
+        )
+    return f"The curve fitted to {judge} peaks {where} with {height}; beyond, more drift costs more than it brings."
+
+
+def best_of_n_sentence(best: BestOfN, judge: str) -> str:
+    """What the largest n bought without training."""
+    judged = best.eval_score or best.score
+    name = judge if best.eval_score else "the score"
+    kl = number(best.kl_policy_ref_per_sequence.mean)
+    return (
+        f"Without training, best of {best.n} responses of the reference brings {name} to "
+        f"{interval(as_estimate(judged))} at {kl} nats per sequence."
+    )
+
+
+def as_estimate(found: Interval) -> Estimate:
+    """An interval as mean and half-width, None where one observation gave none."""
+    half = (found.high - found.low) / 2
+    return Estimate(found.mean, half if math.isfinite(half) else None)
 
 
 # --- where to look ---------------------------------------------------------------------------------------
