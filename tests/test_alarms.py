@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kleash.alarms import KEYS, KL, Alarm, AlarmContext, AlarmsConfig, AlarmWatch, History, alarms_at, figures, pooled
-from kleash.drift import GLOSSARY
+from kleash.glossary import GLOSSARY
 
 ROOT = Path(__file__).parents[1]
 NAMES = tuple(AlarmsConfig.model_fields)

@@ -3,7 +3,7 @@
 import doctest
 from pathlib import Path
 
-from kleash.drift import GLOSSARY
+from kleash.glossary import GLOSSARY
 
 ROOT = Path(__file__).parents[1]
 

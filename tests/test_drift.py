@@ -10,7 +10,6 @@ import torch
 from kleash.batch import Rollout
 from kleash.drift import (
     CONTEXT,
-    GLOSSARY,
     SequenceFigures,
     TokenFigures,
     explained_variance,
@@ -19,6 +18,7 @@ from kleash.drift import (
     token_figures,
 )
 from kleash.errors import ValueRangeError
+from kleash.glossary import GLOSSARY
 from kleash.ppo import UpdateStats
 from kleash.scoring import Scored
 from kleash.token_class import EOS, FIRST_TOKEN, NO_CLASS, OTHER, SPECIAL, TOKEN_CLASSES
@@ -37,7 +37,7 @@ STATS = UpdateStats(
     ratio_max_first_step=1.0,
     kl_old_policy_per_token_k3=0.01,
     gradient_norm=2.0,
-    steps=16,
+    optimizer_steps=16,
 )
 
 

@@ -15,7 +15,9 @@ FLOORS = {
     **dict.fromkeys(["errors", "version"], 0),
     **dict.fromkeys(["checks"], 1),
     **dict.fromkeys(["masking", "batch"], 2),
-    **dict.fromkeys(["divergence", "estimators", "logprobs", "rewards", "advantages", "losses", "leash", "kl_form"], 3),
+    **dict.fromkeys(
+        ["divergence", "estimators", "logprobs", "rewards", "advantages", "losses", "leash", "kl_form", "glossary"], 3
+    ),
     **dict.fromkeys(["token_class", "repetition", "tail", "overoptimisation"], 3),
     **dict.fromkeys(["control", "best_of_n"], 4),
     **dict.fromkeys(["seeds", "models", "interrupt", "fused"], 4),

@@ -270,3 +270,16 @@ def test_a_budget_leash_with_roll_backs_killed_again_and_again_ends_with_the_sam
     assert done.returncode == 0
     assert_same_run(tmp_path / "run", whole)
     assert rows(tmp_path / "run", "roll_backs.jsonl") == rows(whole, "roll_backs.jsonl")
+
+
+# --- the early end of an update, in a run ---
+
+
+def test_an_update_that_ended_early_says_how_many_steps_it_took(world: dict[str, str], tmp_path: Path) -> None:
+    steps = {}
+    for name, limit in (("all", None), ("few", 1e-4)):
+        out = go(config_in(world, tmp_path / name, ppo={**FAST, "max_kl_old_policy_per_token": limit}))
+        steps[name] = [record["optimizer_steps"] for record in rows(out)]
+    assert steps["all"] == [4] * 8
+    assert min(steps["few"]) < 4
+    assert min(steps["few"]) >= 1

@@ -276,7 +276,7 @@ def test_an_update_ends_before_the_step_that_finds_the_policy_too_far_away(limit
     targets = random_targets(score_rollout(models, rollout, first_rows(epochs), temperature=1.0), rollout.response_mask)
     twin = copy.deepcopy(models)
     stats = updated(models, rollout, targets, config, epochs=epochs, optimizer=lambda m: sgd(m, 0.3))
-    assert stats.steps == steps
+    assert stats.optimizer_steps == steps
     flat = list(chain.from_iterable(epochs))
     updated(twin, rollout, targets, PPOConfig(), epochs=[flat[:steps]], optimizer=lambda m: sgd(m, 0.3))
     assert torch.equal(parameters_of(models), parameters_of(twin))  # the refused step changed nothing
@@ -300,7 +300,7 @@ def test_the_limit_is_held_against_the_mean_over_all_tokens_of_the_step():
         config = PPOConfig(epochs=1, minibatches=1, micro_batch=3, max_kl_old_policy_per_token=limit)
         stats = updated(models, rollout, targets, config)
         assert stats.kl_old_policy_per_token_k3 == pytest.approx(mean, rel=1e-6)
-        assert stats.steps == steps
+        assert stats.optimizer_steps == steps
 
 
 # --- the figures ---

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kleash
 from kleash.checkpoint import checkpoints_in
-from kleash.drift import GLOSSARY
+from kleash.glossary import GLOSSARY
 from kleash.models import fingerprint
 from kleash.training import Clock
 

@@ -178,7 +178,7 @@ def _ref_states(models: Models, part: MicroBatch, targets: Targets) -> RefStates
 class UpdateStats:
     """Means over all optimizer steps of an update; losses per token, KL in nats per token, norms before clipping.
 
-    steps is how many were taken; a step that was refused, since the policy had moved too far, is measured too.
+    optimizer_steps is how many were taken; one that was refused, since the policy had moved too far, is measured too.
     """
 
     policy_loss: float
@@ -191,7 +191,7 @@ class UpdateStats:
     ratio_max_first_step: float
     kl_old_policy_per_token_k3: float
     gradient_norm: float
-    steps: int
+    optimizer_steps: int
 
 
 def ppo_update(
@@ -241,7 +241,7 @@ def ppo_update(
         ratio_max_first_step=float(table[0, 8]),
         kl_old_policy_per_token_k3=kl,
         gradient_norm=float(table[:, 9].mean()),
-        steps=taken,
+        optimizer_steps=taken,
     )
 
 

@@ -17,8 +17,9 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kleash.alarms import AlarmsConfig
 from kleash.batch import Prompts, Rollout
-from kleash.config import LeashConfig, ReferenceConfig, RunConfig, config_from
+from kleash.config import CheckpointConfig, LeashConfig, ReferenceConfig, RunConfig, config_from
 from kleash.drift import (
     Record,
     SequenceFigures,
@@ -330,8 +331,10 @@ def train(
     leash: LeashConfig | None = None,
     rollout: RolloutConfig | None = None,
     ppo: PPOConfig | None = None,
+    alarms: AlarmsConfig | None = None,
     updates: int = 100,
     seed: int = 0,
+    checkpoint: CheckpointConfig | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> RunResult:
@@ -349,7 +352,7 @@ def train(
       kl: how the KL enters training: "exact", "k1", "blend", or a biased form by its name if allow_biased.
       allow_biased: also take a form whose gradient is not that of score - beta * KL.
       leash: None = a fixed beta of 0.05.
-      rollout, ppo: None = their defaults.
+      rollout, ppo, alarms, checkpoint: None = their defaults.
       updates, seed: length of the run, and what every random number follows from.
       resume: go on from the newest checkpoint in `out`.
       quiet: no progress on stderr.
@@ -359,7 +362,7 @@ def train(
 
     Raises:
       InputError: something given cannot be used; found before the first step wherever possible.
-      RunStopped: the run stopped itself, for example on a loss that is not finite.
+      RunStopped: the run stopped itself: on a loss that is not finite, by an alarm, or above its ceiling.
     """
     content = {
         "policy": _name(policy),
@@ -373,8 +376,10 @@ def train(
         "leash": leash or LeashConfig(),
         "rollout": rollout or RolloutConfig(),
         "ppo": ppo or PPOConfig(),
+        "alarms": alarms or AlarmsConfig(),
         "updates": updates,
         "seed": seed,
+        "checkpoint": checkpoint or CheckpointConfig(),
     }
     config = config_from(content, "the arguments of kleash.train")
     tokenizer = tokenizer or _tokenizer_of(policy)
