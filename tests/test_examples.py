@@ -30,3 +30,14 @@ def test_the_exact_kl_of_two_models_lies_in_the_wide_interval_of_k1_with_a_narro
     exact, k1 = ([float(n) for n in re.findall(r"[-\d]+\.\d+", line)] for line in done.stdout.splitlines()[1:])
     assert k1[1] < exact[0] < k1[2]
     assert 0 < 10 * (exact[2] - exact[1]) < k1[2] - k1[1]
+
+
+def test_a_budget_alone_is_held_within_a_quarter_on_twelve_words_and_32_responses() -> None:
+    script = EXAMPLES / "hold_a_budget.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=300)
+    (budget,), (held,), betas, scores = (
+        [float(number) for number in re.findall(r"\d+\.\d+", line)] for line in done.stdout.splitlines()
+    )
+    assert held == pytest.approx(budget, rel=0.25)
+    assert 0 < betas[0] != betas[1] > 0
+    assert scores[1] > scores[0]

@@ -34,7 +34,7 @@ class LeashConfig(BaseModel):
     integral: float | None = Field(None, gt=0)
     """budget: nats of log beta per update and unit of relative error; null = 0.35."""
     proportional: float | None = Field(None, ge=0)
-    """budget: nats of log beta per change of the smoothed relative error; null = 4."""
+    """budget: nats of log beta per change of the relative error; null = 3."""
     horizon: float | None = Field(None, gt=0)
     """ziegler: sequences over which the error adds up; null = 10000."""
     warmup_updates: int | None = Field(None, ge=0)

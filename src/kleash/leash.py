@@ -14,6 +14,8 @@ from kleash.checks import require_beta
 from kleash.errors import ValueRangeError
 
 BETA_MIN, BETA_MAX = 1e-6, 1e3
+CALM = 0.1  # change of the relative error per update up to which a budget's gains are whole
+PACE_WEIGHT = 0.2
 Shape = Literal["linear", "cosine", "exponential"]
 
 
@@ -246,38 +248,39 @@ class ZieglerLeash:
 class BudgetLeash:
     """A proportional-integral controller of log beta that holds the drift at a budget.
 
-    error     = clip(KL / target - 1, -1, error_max)
-    smooth    <- smooth + smoothing * (error - smooth)
-    log beta  <- clip(log beta + integral * error + proportional * (change of smooth), log beta_min, log beta_max)
+    error     = clip(KL / target - 1, -1, error_max);  change = error - last error
+    pace      <- pace + 0.2 * (|change| - pace)
+    log beta  <- log beta + min(1, CALM / pace) * (integral * error + proportional * change), within its bounds
 
     KL is the batch mean of KL(policy || reference) per *sequence*, in nats. The integral part moves beta until the
     error is 0. The proportional part answers to a change of the drift: it brakes a policy that is still on its way to
-    the budget, by where its drift will be in proportional / integral updates if it goes on so. A change from one batch
-    to the next is mostly noise, so it is taken of a running mean. The rule is written in increments: beta is itself the
-    sum of all errors so far, and never winds up beyond its bounds. Before the first update the policy is its reference,
-    at an error of -1.
+    the budget, by where its drift will be in proportional / integral updates if it goes on so. Both are damped where
+    the drift changes by more than CALM of the budget from update to update, be it that the policy learns fast or that
+    the batch is small: there full gains would swing beta from bound to bound. The rule is written in increments: beta
+    is itself the sum of all errors so far, and never winds up beyond its bounds. Before the first update the policy is
+    its reference, at an error of -1.
 
     Args:
       beta: the first one; see beta_for_budget.
       target_kl_per_sequence: the budget, nats per sequence.
       integral, proportional: gains, nats of log beta per unit of relative error.
-      smoothing: weight of the newest error in the running mean, above 0 to 1.
       error_max: how much a drift beyond the budget may count.
-      smooth_error: the running mean so far.
+      last_error: of the update before.
+      pace: running mean of the size of the changes so far.
       beta_min, beta_max: bounds of beta, both > 0.
 
-    >>> leash = BudgetLeash(beta=0.1, target_kl_per_sequence=6.0, integral=0.2, proportional=2.0, smooth_error=0.0)
+    >>> leash = BudgetLeash(beta=0.1, target_kl_per_sequence=6.0, integral=0.2, proportional=1.0, last_error=0.0)
     >>> round(leash.after(Measurement(update=9, kl_policy_ref_per_sequence=7.5, sequences=64)).beta, 5)
-    0.12214
+    0.13499
     """
 
     beta: float
     target_kl_per_sequence: float
     integral: float = 0.35
-    proportional: float = 4.0
-    smoothing: float = 0.3
+    proportional: float = 3.0
     error_max: float = 2.0
-    smooth_error: float = -1.0
+    last_error: float = -1.0
+    pace: float = 0.0
     beta_min: float = BETA_MIN
     beta_max: float = BETA_MAX
 
@@ -290,33 +293,35 @@ class BudgetLeash:
             raise ValueRangeError(
                 f"Expected proportional finite and >= 0, found {self.proportional:g}; 0 leaves the integral part alone."
             )
-        if not 0 < self.smoothing <= 1:
-            raise ValueRangeError(f"Expected smoothing above 0 to 1, found {self.smoothing:g}; 1 smooths nothing.")
-        if not -1 <= self.smooth_error <= self.error_max:
+        if not -1 <= self.last_error <= self.error_max:
             raise ValueRangeError(
-                f"Expected smooth_error between -1 and error_max {self.error_max:g}, found {self.smooth_error:g}; "
+                f"Expected last_error between -1 and error_max {self.error_max:g}, found {self.last_error:g}; "
                 "start a new leash at -1."
             )
+        if not (math.isfinite(self.pace) and self.pace >= 0):
+            raise ValueRangeError(f"Expected pace finite and >= 0, found {self.pace:g}; start a new leash at 0.")
 
     @property
     def state(self) -> dict[str, float]:
-        return {"beta": self.beta, "smooth_error": self.smooth_error}
+        return {"beta": self.beta, "last_error": self.last_error, "pace": self.pace}
 
     def after(self, measurement: Measurement) -> Self:
         """One step of the rule above."""
         error = _clip(measurement.kl_policy_ref_per_sequence / self.target_kl_per_sequence - 1, -1.0, self.error_max)
-        smooth = _clip(self.smooth_error + self.smoothing * (error - self.smooth_error), -1.0, self.error_max)
-        step = self.integral * error + self.proportional * (smooth - self.smooth_error)
+        change = error - self.last_error
+        pace = self.pace + PACE_WEIGHT * (abs(change) - self.pace)
+        damping = CALM / max(pace, CALM)
+        step = damping * (self.integral * error + self.proportional * change)
         within = _clip(step, math.log(self.beta_min / self.beta), math.log(self.beta_max / self.beta))
         beta = _clip(self.beta * math.exp(within), self.beta_min, self.beta_max)
-        return replace(self, beta=beta, smooth_error=smooth)
+        return replace(self, beta=beta, last_error=error, pace=pace)
 
     def tightened(self, factor: float) -> Self:
         """beta <- min(factor * beta, beta_max); the controller goes on from there."""
         return replace(self, beta=_tightened(self.beta, factor, self.beta_max))
 
     def restored(self, state: dict[str, float]) -> Self:
-        return replace(self, beta=state["beta"], smooth_error=state["smooth_error"])
+        return replace(self, beta=state["beta"], last_error=state["last_error"], pace=state["pace"])
 
 
 def _clip(value: float, low: float, high: float) -> float:
