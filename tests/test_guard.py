@@ -216,6 +216,31 @@ def test_a_roll_back_cut_short_at_any_moment_is_done_again_to_the_same_bytes(
     assert rows(Path(config.out), "roll_backs.jsonl") == rows(Path(whole.out), "roll_backs.jsonl")
 
 
+def test_a_roll_back_puts_a_moving_reference_back_too(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the run that rolls back it is restored in memory, in the other one it is loaded: the same bytes."""
+    changes = {
+        "leash": LOOSE,
+        "checkpoint": {"every": 1, "keep": 3},
+        "reference": {"kind": "moving_average", "decay": 0.7},
+    }
+    whole = go(config_in(world, tmp_path / "whole", **changes))
+    assert rows(whole, "roll_backs.jsonl")
+    config = config_in(world, tmp_path / "run", **changes)
+
+    def cut_short(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kleash.guard, "_write_down", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            go(config)
+    assert_same_run(go(config, resume=True), whole)
+    records = rows(whole)
+    assert all(record["kl_policy_first_ref_per_sequence"] > record[KL] for record in records[2:])
+
+
 def test_a_checkpoint_that_was_about_to_be_replaced_comes_back(
     world: dict[str, str], straight: Path, tmp_path: Path
 ) -> None:
