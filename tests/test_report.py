@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kleash.estimators import Interval
 from kleash.frontier import Frontier, frontier_as_json, frontier_from_json
 from kleash.overoptimisation import OveroptimisationCurve
 from kleash.report import write_report, write_sweep_report
-from kleash.verdict import KL, Change, Estimate, Run
+from kleash.verdict import FIRST_KL, KL, Change, Estimate, Run
 
 # --- run directories from formulas -----------------------------------------------------------------------
 
@@ -116,6 +117,44 @@ def make_sample(world: str, record: dict[str, Any], index: int, updates: int) ->
         "response_length": 32 if late and world == "hacked" else 19,
         "finished": not (late and world == "hacked"),
     }
+
+
+def an_alarm(name: str, update: int, since: int, sentence: str = "It does.", action: str = "log") -> dict[str, Any]:
+    row = {"name": name, "update": update, "since": since, "value": 2.0, "threshold": 1.0, "action": action}
+    return row | {"sentence": sentence}
+
+
+def a_roll_back(number: int, left: int, to: int, kl: list[float | None], why: str = "Too far.") -> dict[str, Any]:
+    records = [{"update": to + 1 + place, KL: value} for place, value in enumerate(kl)]
+    return {"roll_back": number, "from": left, "to": to, "beta": 0.1, "why": why, "records": records}
+
+
+def a_drift_map(update: int, kl: list[float], text: str = " Use") -> dict[str, Any]:
+    """A line of drift.jsonl: 4 responses, its first position the first tokens, all others of class `other`."""
+    rows = [{"position": place, "sequences": 4 - place % 2, KL: value} for place, value in enumerate(kl)]
+    place = {"token": text, "token_id": 5, "class": "other", "position": 1, "sequence": 0, "kl_policy_ref": 1.5}
+    place |= {"policy_prob": 0.9641, "ref_prob": 0.1882, "ratio": 5.12, "context": f"{text}\nwash"}
+    one = {"token": text, "token_id": 5, "count": 3, KL: sum(kl) / 4, "mean_ratio": 0.2}
+    first = {"tokens": 4, KL: kl[0], "kl_policy_ref_per_token": kl[0]}
+    rest = {"tokens": 12, KL: sum(kl[1:]), "kl_policy_ref_per_token": sum(kl[1:]) / 3}
+    nothing = {"tokens": 0, KL: 0.0, "kl_policy_ref_per_token": None}
+    by_class = {"first_token": first, "eos": nothing, "special": nothing, "other": rest}
+    drifted = sum(kl) > 0
+    lists = {"top_tokens": [place] if drifted else [], "drifted_tokens": [one] if drifted else []}
+    return {"update": update, "by_position": rows, "by_class": by_class, **lists}
+
+
+def with_events(run: Path, text: str = "Too far.") -> Path:
+    """Adds to a run of 120 updates a budget, a ceiling, alarms, a roll-back, and where it drifts."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["leash"] |= {"kind": "budget", "target_kl_per_sequence": 6.0, "max_kl_per_sequence": 4000.0}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    alarms = [an_alarm("drift_runaway", 30, 30, text), an_alarm("drift_runaway", 40, 30, text), an_alarm(text, 60, 60)]
+    write_lines(run / "alarms.jsonl", alarms)
+    write_lines(run / "roll_backs.jsonl", [a_roll_back(1, 53, 50, [60.0, 90.0, 5000.0], text)])
+    maps = [a_drift_map(1, [0.0, 0.0]), a_drift_map(60, [0.5, 0.1]), a_drift_map(120, [2.0, 1.0, 0.5, 0.5], text)]
+    write_lines(run / "drift.jsonl", maps)
+    return run
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -233,7 +272,7 @@ def test_many_runs_are_named_in_short() -> None:
 
 def test_where_to_look_points_at_the_peak_of_gold_and_at_cut_responses(tmp_path: Path) -> None:
     hacked = verdict.pointers(report.read_run(make_run(tmp_path / "h", "hacked"), "h"))
-    assert [place for _, place in hacked] == ["score", "finished", "entropy", "health"]
+    assert [place for _, place in hacked] == ["score", "finished", "entropy", "clip"]
     assert hacked[0][0].startswith("Gold was highest around update ")
     assert verdict.pointers(report.read_run(make_run(tmp_path / "g", "good"), "g")) == []
 
@@ -241,6 +280,193 @@ def test_where_to_look_points_at_the_peak_of_gold_and_at_cut_responses(tmp_path:
 def test_a_judge_that_is_not_the_demo_gold_is_called_the_held_out_judge() -> None:
     assert verdict.judge_name([run_of([], eval_reward="my.module:judge")]) == "the held-out judge"
     assert verdict.judge_name([run_of([]), run_of([])]) == "gold"
+
+
+# --- alarms, roll-backs and the budget -------------------------------------------------------------------
+
+
+def test_the_rows_of_an_alarm_are_one_entry_with_its_newest_sentence() -> None:
+    rows = [{"update": update} for update in range(1, 41)]
+    alarms = [an_alarm("drift_runaway", 12, 12, "Old."), an_alarm("heavy_reward_tail", 9, 9, "A tail.")]
+    alarms += [an_alarm("drift_runaway", 35, 25, "New."), an_alarm("drift_runaway", 25, 25, "Middle.")]
+    run = Run("A", {}, rows, [], [], alarms=alarms)
+    assert verdict.pointers(run) == [
+        ("At update 9: A tail.", "tail"),
+        ("From update 25 (earlier from 12), last noted at update 35: New.", "kl"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("alarm", "silenced"),
+    [
+        ("score_against_judge", "score"),
+        ("length_collapse", "finished"),
+        ("entropy_collapse", "entropy"),
+    ],
+)
+def test_what_an_alarm_says_is_not_said_twice(tmp_path: Path, alarm: str, silenced: str) -> None:
+    run = report.read_run(make_run(tmp_path / "h", "hacked"), "h")
+    before = verdict.pointers(run)
+    after = verdict.pointers(replace(run, alarms=[an_alarm(alarm, 100, 90)]))
+    assert silenced in [place for _, place in before]
+    assert after[1:] == [(text, place) for text, place in before if place != silenced]
+    assert after[0][0] == "From update 90, last noted at update 100: It does."
+
+
+def test_the_alarm_of_the_sampler_stands_for_the_pointer_to_its_mismatch() -> None:
+    rows = [{"update": update, "kl_rollout_policy_per_token_k3": 0.1} for update in (1, 2)]
+    run = run_of(rows)
+    assert [place for _, place in verdict.pointers(run)] == ["mismatch"]
+    told = verdict.pointers(replace(run, alarms=[an_alarm("sampler_mismatch", 2, 2)]))
+    assert told == [("At update 2: It does.", "mismatch")]
+
+
+def test_a_roll_back_is_told_and_its_records_are_drawn_from_the_last_one_that_was_kept() -> None:
+    rows: list[dict[str, Any]] = [{"update": update, KL: 0.1 * update} for update in range(1, 6)]
+    run = replace(run_of(rows), roll_backs=[a_roll_back(1, 5, 2, [3.0, None, math.inf])])
+    assert verdict.pointers(run) == [("Too far.", "kl")]
+    [given_up] = report.drawn_events(run)["given_up"]
+    assert given_up == {"name": "given up by roll-back 1", "update": [2, 3, 4, 5], "kl": [0.2, 3.0, None, None]}
+
+
+@pytest.mark.parametrize(
+    ("kl", "said"),
+    [
+        (6.3, "The second half of the run held the budget of 6 nats: mean 6.30, 5% above it."),
+        (5.5, "The second half of the run held the budget of 6 nats: mean 5.50, 8% below it."),
+        (6.7, "The second half of the run missed the budget of 6 nats: mean 6.70, 12% above it."),
+        (3.0, "The second half of the run missed the budget of 6 nats: mean 3.00, 50% below it."),
+        (15.0, "The second half of the run missed the budget of 6 nats: mean 15.0, 2.5 times it."),
+    ],
+)
+def test_the_verdict_says_whether_the_second_half_held_the_budget(kl: float, said: str) -> None:
+    rows = [dict(row) for row in two_updates((0.17, 0.90), (1.13, 1.50)).records]
+    rows[0][KL], rows[1][KL] = 50.0, kl
+    run = Run("A", {"eval_reward": "m:gold_judge", "leash": {"target_kl_per_sequence": 6.0}}, rows, [], [])
+    found = verdict.run_verdict(run)
+    assert found.text.endswith(said)
+    assert found.tone == ("caution" if kl > 6.6 else "good")
+    assert "budget" not in verdict.run_verdict(run_of(rows)).text
+
+
+def test_the_comparison_counts_the_budgets_that_were_held() -> None:
+    def at(label: str, kl: float) -> Run:
+        rows = [{"update": update, "score_mean": 1.0, KL: kl} for update in (1, 2)]
+        return Run(label, {"leash": {"target_kl_per_sequence": 2}}, rows, [], [])
+
+    held, missed = at("A", 2.1), at("B", 9.0)
+    assert verdict.budgets_text([held, missed, run_of([])]) == (
+        " In the second half 1 of 2 budgets were held, not that of \u201cB\u201d."
+    )
+    assert verdict.budgets_text([held, held]) == " In the second half both budgets were held."
+    assert verdict.budgets_text([missed]) == " In the second half no budget was held."
+    assert verdict.budgets_text([run_of([])]) == ""
+    assert "1 of 2 budgets" in verdict.comparison_verdict([held, missed]).text
+
+
+def test_the_leash_is_named_by_its_budget_and_ceiling() -> None:
+    leash = {"kind": "budget", "target_kl_per_sequence": 6.0, "max_kl_per_sequence": 20.0}
+    run = Run("A", {"kl": "exact", "leash": leash}, [], [], [])
+    assert report.leash_text(run) == "budget 6 nats, ceiling 20 nats, exact KL"
+    assert report.leash_text(run_of([])) == "fixed"
+    ziegler = Run("A", {"leash": leash | {"kind": "ziegler", "max_kl_per_sequence": None}}, [], [], [])
+    assert report.leash_text(ziegler) == "ziegler, budget 6 nats"
+
+
+def test_the_drift_from_the_first_reference_is_shown_only_where_the_reference_moves() -> None:
+    still = run_of([{"update": 1, KL: 0.0, FIRST_KL: 0.0}, {"update": 2, KL: 1.0, FIRST_KL: 1.0 + 1e-9}])
+    moves = run_of([{"update": 1, KL: 0.0, FIRST_KL: 0.0}, {"update": 2, KL: 1.0, FIRST_KL: 4.0}])
+    assert FIRST_KL not in report.drawn_series(still)
+    assert report.drawn_series(moves)[FIRST_KL] == [0.0, 4.0]
+    assert verdict.drift_text(still) == " Drift: 1.00 nats per sequence."
+    assert (
+        verdict.drift_text(moves)
+        == " Drift: 1.00 nats per sequence from its moving reference, 4.00 from the first one."
+    )
+
+
+def test_figures_of_another_form_of_the_leash_are_not_drawn() -> None:
+    rows = [
+        {"update": update, "leash_loss": 0.0, "share_of_k1": update / 2, "score_tail_gap": 0.0} for update in (0, 1)
+    ]
+    assert set(report.drawn_series(run_of(rows))) == {"update", "share_of_k1", "score_tail_gap"}
+    assert set(report.drawn_series(run_of(rows[:1]))) == {"update", "score_tail_gap"}
+
+
+# --- where it drifts -------------------------------------------------------------------------------------
+
+
+def test_the_drift_is_read_at_the_last_update_that_drifted_and_halfway(tmp_path: Path) -> None:
+    file = tmp_path / "drift.jsonl"
+    assert report.read_drift_maps(file) == []
+    write_lines(file, [a_drift_map(1, [0.0, 0.0])])
+    assert report.read_drift_maps(file) == []
+    rows = [a_drift_map(update, [0.1 * (update - 1), 0.0]) for update in range(1, 9)]
+    write_lines(file, [*rows, a_drift_map(9, [0.0])])
+    assert [row["update"] for row in report.read_drift_maps(file)] == [4, 8]
+    write_lines(file, rows[:2])
+    assert [row["update"] for row in report.read_drift_maps(file)] == [2]
+    file.write_text('{"update": 1}\n{"update": 2, "by_pos')
+    with pytest.raises(RunDirectoryError, match=r"drift\.jsonl line 2"):
+        report.read_drift_maps(file)
+
+
+@pytest.mark.parametrize("width", [1, 3, 7, 200])
+def test_the_bars_over_the_positions_add_up_to_the_drift(width: int) -> None:
+    row = a_drift_map(5, [place / 10 for place in range(100)])
+    bars = report.drawn_positions(row, width)
+    assert math.fsum(bars["kl"]) == pytest.approx(report.total_drift(row), rel=1e-4)
+    ranges = [range(first, last + 1) for first, last in zip(bars["first"], bars["last"], strict=True)]
+    assert [place for part in ranges for place in part] == list(range(100))
+    assert all(len(part) == width for part in ranges[:-1])
+    assert bars["reached"] == [4 - first % 2 for first in bars["first"]]
+
+
+def test_all_runs_share_a_width_of_bars_that_keeps_them_few() -> None:
+    runs = [replace(run_of([]), drift_maps=[a_drift_map(5, [0.1] * length)]) for length in (10, 150)]
+    assert report.bar_width(runs) == 3
+    assert report.bar_width(runs[:1]) == 1
+    assert report.bar_width([run_of([])]) == 1
+
+
+def test_bars_of_several_positions_are_called_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "good", updates=2)
+    write_lines(run / "drift.jsonl", [a_drift_map(2, [0.1] * 150)])
+    page = write_report([run], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Position in the response, from 0, 3 at a time." in page
+    [bars] = embedded(page)["runs"][0]["positions"]
+    assert len(bars["kl"]) == 50
+
+
+def test_each_class_has_its_share_of_the_tokens_beside_that_of_the_drift() -> None:
+    first, other = report.class_rows(a_drift_map(5, [2.0, 1.0, 1.0]))
+    assert (first["name"], first["share_of_tokens"], first["share_of_kl"], first["per_token"]) == (
+        *("First token", 0.25, 0.5, 2.0),
+    )
+    assert (other["name"], other["share_of_tokens"], other["share_of_kl"]) == ("Other", 0.75, 0.5)
+    assert report.class_rows({"update": 1}) == []
+
+
+def test_a_place_of_large_drift_says_the_token_its_context_and_how_likely_it_was() -> None:
+    [place] = report.drift_summary(replace(run_of([]), drift_maps=[a_drift_map(5, [2.0, 1.0])]))["places"]
+    assert place == {
+        "token": "\u2423Use",
+        "context": " Use\u21b5wash",
+        "position": 1,
+        "kl": 1.5,
+        "policy": 0.9641,
+        "ref": 0.1882,
+        "likelihood": "5.1\u00d7 more likely",
+    }
+    assert report.place_row({})["likelihood"] == "-"
+    assert report.drift_summary(run_of([])) is None
+
+
+def test_what_cannot_be_seen_of_a_token_is_written_out() -> None:
+    hidden = " \t\n\x00\u202e\u00a0\ud800a"
+    assert report.visible(hidden) == "\u2423\u21e5\u21b5U+0000U+202EU+00A0U+D800a"
+    assert report.visible("") == "(empty)"
+    assert report.visible("n\u00e9\u4e2d\u0644") == "n\u00e9\u4e2d\u0644"
 
 
 # --- what it shows ---------------------------------------------------------------------------------------
@@ -474,6 +700,9 @@ def test_a_sweep_without_any_update_has_no_page(tmp_path: Path) -> None:
         ("records.jsonl", "[1]\n", "line 1 should be a JSON object"),
         ("records.jsonl", '{"score_mean": 1}\n', "whole number under 'update'"),
         ("samples.jsonl", "\udce9", "line 1 should be a JSON object"),
+        ("alarms.jsonl", '{"name": "x"}', "whole number under 'update'"),
+        ("roll_backs.jsonl", '{"update": 1}', "whole number under 'roll_back'"),
+        ("drift.jsonl", '{"upda', "line 1 should be a JSON object"),
         ("config.yaml", "a: [", "cannot be read as YAML"),
         ("config.yaml", "- 1", "should hold a mapping"),
     ],
@@ -520,6 +749,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     vile = make_run(base / "vile", "hacked", updates=30)
     config = yaml.safe_load((vile / "config.yaml").read_text()) | {"policy": ATTACK, ATTACK: ATTACK}
     (vile / "config.yaml").write_text(yaml.safe_dump(config))
+    with_events(vile, ATTACK)
     texts = {"prompt": [{"role": "user", "content": ATTACK}], "response": f"\x00\ud800{ATTACK}" + " long" * 200}
     samples = [json.loads(line) | texts for line in (vile / "samples.jsonl").read_text().splitlines()]
     write_lines(vile / "samples.jsonl", samples)
@@ -527,7 +757,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     single = write_report([runs[0]], base / "single.html")
     swept = write_sweep_report(sweep_of(base / "sweep", *[*WORLDS] * 3, frontier=frontier_of(curve_to(10.0))))
     extrapolated = write_report(runs, base / "beyond.html", frontier=frontier_of(curve_to(1.0)))
-    pages = {"compared": compared, "attacked": attacked, "single": single}
+    eventful = write_report([with_events(make_run(base / "eventful", "hacked"))], base / "eventful.html")
+    pages = {"compared": compared, "attacked": attacked, "single": single, "eventful": eventful}
     return {**pages, "swept": swept, "extrapolated": extrapolated}
 
 
@@ -567,7 +798,7 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.mark.parametrize("name", ["compared", "attacked", "single", "swept", "extrapolated"])
+@pytest.mark.parametrize("name", ["compared", "attacked", "single", "swept", "extrapolated", "eventful"])
 def test_a_browser_shows_it_quietly_offline_and_within_a_phone(pages: dict[str, Path], browser: Any, name: str) -> None:
     tab = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="light")
     said: list[str] = []
@@ -615,8 +846,9 @@ def test_pressing_a_run_hides_its_lines_and_links_open_what_they_point_at(pages:
     assert tab.evaluate(lines) == 4
     assert tab.get_by_role("button", name="no leash").get_attribute("aria-pressed") == "false"
     assert "good leash from 0." in tab.locator("#frontier .canvas").get_attribute("aria-label")
-    tab.locator("a[href='#health']").click()
+    tab.locator("a[href='#clip']").click()
     eventually(tab, "document.querySelector('#health').open")
+    eventually(tab, "document.querySelector('#clip .main-svg') !== null")
     tab.close()
 
 
@@ -644,4 +876,59 @@ def test_nine_runs_have_nine_colours(pages: dict[str, Path], browser: Any) -> No
     assert len(set(tab.evaluate(swatches))) == 9
     lines = "Array.from(document.querySelectorAll('#kl .scatterlayer path.js-line')).map((p) => p.style.stroke)"
     assert set(tab.evaluate(swatches)) <= set(tab.evaluate(lines))
+    tab.close()
+
+
+def test_the_budget_the_alarms_and_what_was_given_up_stand_in_the_plot_of_the_drift(
+    pages: dict[str, Path], browser: Any
+) -> None:
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.goto(pages["eventful"].as_uri())
+    label = tab.locator("#kl .canvas").get_attribute("aria-label")
+    assert "budget 6 nats" in label
+    assert "ceiling" not in label
+    assert "Beyond the plot: ceiling 4000 nats." in tab.locator("#kl figcaption").inner_text()
+    assert "alarms began: drift runaway at update 30, " in label
+    assert "given up by roll-back 1 from " in label
+    assert tab.locator("#kl .shapelayer path").count() == 2
+    assert "What was given up leaves the plot." in tab.locator("#kl figcaption").inner_text()
+    top = float(tab.evaluate("document.querySelector('#kl .canvas').layout.yaxis.range[1]"))
+    assert 250 < top < 1000
+    tab.close()
+
+
+def test_where_it_drifts_is_drawn_and_told(pages: dict[str, Path], browser: Any) -> None:
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.goto(pages["eventful"].as_uri())
+    assert "Update 120, 4.00 nats per sequence. Half of the drift lies at the first of 4 positions." in (
+        tab.locator("main").inner_text()
+    )
+    assert tab.locator("#positions .bars path").count() == 4
+    assert tab.locator("#positions .scatterlayer path.js-line").count() == 1
+    tab.locator("summary", has_text="Places with the largest drift").press("Enter")
+    row = tab.locator(".places tbody tr").first.inner_text()
+    assert "5.1\u00d7 more likely" in row
+    assert "0.96" in row
+    tab.close()
+
+
+def test_a_run_without_the_newer_files_has_no_empty_parts(pages: dict[str, Path], browser: Any) -> None:
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.goto(pages["single"].as_uri())
+    text = tab.locator("body").inner_text()
+    for words in ("Where it drifts", "An alarm began", "roll-back gave", "budget"):
+        assert words not in text
+    tab.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    assert tab.locator("#repetition, #tail, #leash_loss, #k1_share, #steps").locator("visible=true").count() == 0
+    tab.close()
+
+
+def test_beta_has_a_logarithmic_axis_where_it_moves_by_more_than_a_factor_of_ten(tmp_path: Path, browser: Any) -> None:
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    for name, factor, scale in (("little", 9.0, "linear"), ("much", 1000.0, "log")):
+        run = make_run(tmp_path / name, "good", updates=20)
+        rows = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+        write_lines(run / "records.jsonl", [row | {"beta": 0.01 * factor ** (i / 19)} for i, row in enumerate(rows)])
+        tab.goto(write_report([run], tmp_path / f"{name}.html").as_uri())
+        assert tab.evaluate("document.querySelector('#beta .canvas')._fullLayout.yaxis.type") == scale
     tab.close()

@@ -12,6 +12,7 @@ import importlib.resources
 import json
 import math
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from kleash.errors import InputError, RunDirectoryError
 from kleash.frontier import Frontier, frontier_from_json
 from kleash.verdict import (
     ARROW,
+    FIRST_KL,
     KL,
     Record,
     Run,
     as_estimate,
+    budget_held,
     change,
     comparison_verdict,
     drift,
@@ -38,8 +41,11 @@ from kleash.verdict import (
     interval,
     judge_change,
     judge_name,
+    leash_figure,
+    noted_alarms,
     number,
     pointers,
+    reference_moves,
     run_verdict,
     score_change,
     series,
@@ -51,10 +57,13 @@ DRAWN = (
     *("update", "score_mean", "score_low", "score_high", "eval_score_mean", "eval_score_low", "eval_score_high"),
     *(KL, KL + "_low", KL + "_high", KL + "_k1", "beta", "entropy_per_token", "response_length_mean", "eos_share"),
     *("clip_share", "explained_variance", "ratio_max", "ratio_mean", "gradient_norm"),
-    *("kl_old_policy_per_token_k3", "kl_rollout_policy_per_token_k3"),
+    *("kl_old_policy_per_token_k3", "kl_rollout_policy_per_token_k3", "distinct_2_per_sequence"),
+    *("distinct_2_over_batch", "score_tail_gap", "leash_loss", "share_of_k1", "optimizer_steps", FIRST_KL),
 )
+NOT_DRAWN_AT = {"leash_loss": 0, "share_of_k1": 0}  # all along: it is another form of the leash
 PHASES = ("sampling", "rewarding", "scoring", "optimising")
 MOST_POINTS = 1000  # drawn per line
+MOST_BARS = 60  # over the positions of a response
 SAMPLES_SHOWN = 3  # per update and run
 CURVE_POINTS = 80
 INKS = {  # of the runs, on a light and on a dark page
@@ -62,6 +71,13 @@ INKS = {  # of the runs, on a light and on a dark page
     "dark": ("#4fb0ec", "#ff8b45", "#2fcb9b", "#e391c3", "#f0b93a", "#a5d8f7"),
 }
 RAMP = {"light": (0.0, 0.85), "dark": (0.25, 1.0)}  # of Viridis, where there are more runs than inks
+TOKEN_CLASSES = {
+    "first_token": ("First token", "of each response"),
+    "eos": ("EOS", "where the policy chose to stop"),
+    "special": ("Special", "other special and template tokens"),
+    "other": ("Other", "all the rest"),
+}
+WHITESPACE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}  # open box, return arrow, tab arrow
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 
 
@@ -85,27 +101,54 @@ def read_run(path: Path, label: str) -> Run:
     records = sorted(read_lines(path / "records.jsonl"), key=lambda record: int(record["update"]))
     if not records:
         raise RunDirectoryError(f"{path / 'records.jsonl'} is empty: the run has not finished an update yet.")
-    return Run(label, config, records, read_lines(path / "timings.jsonl"), read_lines(path / "samples.jsonl"))
+    return Run(
+        label,
+        config,
+        records,
+        read_lines(path / "timings.jsonl"),
+        read_lines(path / "samples.jsonl"),
+        alarms=read_lines(path / "alarms.jsonl"),
+        roll_backs=read_lines(path / "roll_backs.jsonl", "roll_back"),
+        drift_maps=read_drift_maps(path / "drift.jsonl"),
+    )
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a jsonl file, each with a whole number under 'update'; empty when there is no file."""
-    rows: list[dict[str, Any]] = []
+def read_lines(path: Path, key: str = "update") -> list[dict[str, Any]]:
+    """The objects of a jsonl file, each with a whole number under a key; empty when there is no file."""
+    return [parsed(path, count, line, key) for count, line in numbered_lines(path)]
+
+
+def numbered_lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their numbers; none when there is no file."""
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    for count, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or type(row.get("update")) is not int:
-            raise RunDirectoryError(
-                f"{path} line {count} should be a JSON object with a whole number under 'update', and is not: "
-                "the file was cut short or edited; resume the run, or remove the line."
-            )
-        rows.append(row)
-    return rows
+    return [(count, line) for count, line in enumerate(lines, start=1) if line.strip()]
+
+
+def parsed(path: Path, count: int, line: bytes, key: str = "update") -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or type(row.get(key)) is not int:
+        raise RunDirectoryError(
+            f"{path} line {count} should be a JSON object with a whole number under '{key}', and is not: "
+            "the file was cut short or edited; resume the run, or remove the line."
+        )
+    return row
+
+
+def read_drift_maps(path: Path) -> list[Record]:
+    """Where the policy drifted halfway and at the last update that did; these lines alone are parsed, they are long."""
+    lines = numbered_lines(path)
+    last = None
+    while lines and last is None:
+        row = parsed(path, *lines[-1])
+        last = row if total_drift(row) > 0 else None
+        lines.pop()
+    if last is None:
+        return []
+    halfway = parsed(path, *lines[len(lines) // 2]) if lines else {}
+    return [halfway, last] if total_drift(halfway) > 0 else [last]
 
 
 def read_runs(paths: Sequence[Path], labels: Sequence[str] | None) -> list[Run]:
@@ -194,6 +237,157 @@ def add_card(cards: list[dict[str, Any]], row: Record, stage: str, index: int) -
     cards.append({"stage": stage, "runs": [index], "response": response, "at": row["update"], "cut": cut, **numbers})
 
 
+# --- where it drifts -------------------------------------------------------------------------------------
+
+
+def objects(row: Record, key: str) -> list[Record]:
+    """The objects of a list in a record; none where it holds no such list."""
+    found = row.get(key)
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
+def kl_by_position(row: Record) -> list[float]:
+    """Nats per sequence at each position that a response reached; they add up to the drift."""
+    return [figure_of(entry, KL) or 0.0 for entry in objects(row, "by_position")]
+
+
+def total_drift(row: Record) -> float:
+    """KL(policy || reference) of the update of a drift map, nats per sequence."""
+    return math.fsum(kl_by_position(row))
+
+
+def drawn_positions(row: Record, width: int) -> dict[str, Any]:
+    """The drift by position as bars of `width` positions each: first, last, their nats, how many responses got there.
+
+    Nats per sequence, not per response that gets so far: so the bars add up to the drift, and those of the last
+    positions, where few responses get, do not stand out by chance.
+    """
+    kl = kl_by_position(row)
+    reached = [figure_of(entry, "sequences") for entry in objects(row, "by_position")]
+    firsts = range(0, len(kl), width)
+    return {
+        "update": row["update"],
+        "first": list(firsts),
+        "last": [min(first + width, len(kl)) - 1 for first in firsts],
+        "kl": [float(f"{math.fsum(kl[first : first + width]):.5g}") for first in firsts],
+        "reached": [reached[first] for first in firsts],
+    }
+
+
+def bar_width(runs: Sequence[Run]) -> int:
+    """Positions in a bar, the same for all runs."""
+    longest = max((len(objects(row, "by_position")) for run in runs for row in run.drift_maps), default=0)
+    return max(1, math.ceil(longest / MOST_BARS))
+
+
+def drift_summary(run: Run) -> dict[str, Any] | None:
+    """The last drift map as the template reads it; None where the run recorded none, or never drifted."""
+    if not run.drift_maps:
+        return None
+    row = run.drift_maps[-1]
+    total = total_drift(row)
+    return {
+        "update": row["update"],
+        "total": total,
+        "lead": drift_lead(row),
+        "classes": class_rows(row),
+        "places": [place_row(entry) for entry in objects(row, "top_tokens")],
+        "types": [type_row(entry, total) for entry in objects(row, "drifted_tokens")],
+    }
+
+
+def drift_lead(row: Record) -> str:
+    """In which positions half of the drift lies.
+
+    >>> rows = [{"kl_policy_ref_per_sequence": kl} for kl in (0.5, 0.7, 0.4, 0.4)]
+    >>> drift_lead({"by_position": rows})
+    'Half of the drift lies in the first 2 of 4 positions.'
+    """
+    kl = kl_by_position(row)
+    half, passed, count = math.fsum(kl) / 2, 0.0, 0
+    while count < len(kl) and passed < half:
+        passed, count = passed + kl[count], count + 1
+    where = "at the first" if count == 1 else f"in the first {count}"
+    return f"Half of the drift lies {where} of {len(kl)} positions." if len(kl) > 1 else "All responses are one token."
+
+
+def class_rows(row: Record) -> list[dict[str, Any]]:
+    """Each class of tokens that was drawn: its share of the tokens beside its share of the drift."""
+    by_class = row.get("by_class")
+    found = {name: part for name, part in by_class.items() if isinstance(part, dict)} if by_class else {}
+    counts = {name: figure_of(part, "tokens") or 0.0 for name, part in found.items()}
+    kl = {name: figure_of(part, KL) or 0.0 for name, part in found.items()}
+    tokens, total = math.fsum(counts.values()), math.fsum(kl.values())
+    return [
+        {
+            "name": TOKEN_CLASSES.get(name, (name, ""))[0],
+            "note": TOKEN_CLASSES.get(name, (name, ""))[1],
+            "share_of_tokens": counts[name] / tokens,
+            "share_of_kl": kl[name] / total if total > 0 else 0.0,
+            "per_token": figure_of(part, "kl_policy_ref_per_token"),
+        }
+        for name, part in found.items()
+        if counts[name]
+    ]
+
+
+def place_row(entry: Record) -> dict[str, Any]:
+    """One place of large drift: what stood there, and how probable it was to policy and reference."""
+    return {
+        "token": visible(entry.get("token")),
+        "context": str(entry.get("context") or "").replace("\n", WHITESPACE["\n"]),
+        "position": entry.get("position"),
+        "kl": figure_of(entry, "kl_policy_ref"),
+        "policy": figure_of(entry, "policy_prob"),
+        "ref": figure_of(entry, "ref_prob"),
+        "likelihood": likelihood(figure_of(entry, "ratio")),
+    }
+
+
+def type_row(entry: Record, total: float) -> dict[str, Any]:
+    """A token and the drift at all places where the policy drew it."""
+    kl = figure_of(entry, KL) or 0.0
+    return {
+        "token": visible(entry.get("token")),
+        "count": entry.get("count"),
+        "kl": kl,
+        "share": kl / total,
+        "likelihood": likelihood(figure_of(entry, "mean_ratio")),
+    }
+
+
+def likelihood(ratio: float | None) -> str:
+    """The ratio policy / reference of a token's probabilities in words.
+
+    >>> [likelihood(ratio).replace("\u00d7", "x") for ratio in (5.0, 0.147, 1.04, 1.06, 123.4)]
+    ['5.0x more likely', '6.8x less likely', 'about as likely', '1.1x more likely', '120x more likely']
+    """
+    if ratio is None or ratio <= 0:
+        return "-"
+    factor = max(ratio, 1 / ratio)
+    if factor < 1.05:
+        return "about as likely"
+    size = f"{factor:.1f}" if factor < 10 else f"{float(f'{factor:.2g}'):,.0f}" if factor < 1e9 else f"{factor:.0e}"
+    return f"{size}\u00d7 {'more' if ratio > 1 else 'less'} likely"
+
+
+def visible(token: object) -> str:
+    """A token with its spaces and all characters that cannot be seen written out.
+
+    >>> visible(" Use\u200b").isascii(), visible(" Use\u200b")[1:], visible("")
+    (False, 'UseU+200B', '(empty)')
+    """
+    unseen = ("C", "Z")  # categories: control, format, surrogate and unassigned characters; separators
+    marks = (
+        WHITESPACE.get(mark) or (f"U+{ord(mark):04X}" if unicodedata.category(mark)[0] in unseen else mark)
+        for mark in str(token if token is not None else "")
+    )
+    return "".join(marks) or "(empty)"
+
+
+# --- what was trained ------------------------------------------------------------------------------------
+
+
 def flat(config: Record, prefix: str = "") -> dict[str, str]:
     """A nested config with dotted keys and printable values."""
     rows: dict[str, str] = {}
@@ -217,9 +411,12 @@ def leash_text(run: Run) -> str:
     leash = run.config.get("leash")
     if not isinstance(leash, dict):
         return "-"
-    target = figure_of(leash, "target_kl_per_sequence")
-    form = f", {run.config['kl']} KL" if "kl" in run.config else ""
-    return str(leash.get("kind", "fixed")) + form + (f", budget {number(target)} nats" if target else "")
+    kind, target = str(leash.get("kind", "fixed")), leash_figure(run, "target_kl_per_sequence")
+    ceiling = leash_figure(run, "max_kl_per_sequence")
+    parts = [kind] if kind != "budget" or target is None else []
+    parts += [f"budget {target:g} nats"] if target is not None else []
+    parts += [f"ceiling {ceiling:g} nats"] if ceiling is not None else []
+    return ", ".join(parts + ([f"{run.config['kl']} KL"] if "kl" in run.config else []))
 
 
 def duration(seconds: float) -> str:
@@ -245,8 +442,34 @@ def drawn_series(run: Run) -> dict[str, list[float | None]]:
     """What the plots draw: every key of DRAWN that the run recorded, thinned to MOST_POINTS updates."""
     stride = math.ceil(len(run.records) / MOST_POINTS)
     rows = run.records[::-stride][::-1]
-    drawn = {key: series(rows, key) for key in DRAWN}
-    return {key: values for key, values in drawn.items() if any(value is not None for value in values)}
+    drawn = {key: series(rows, key) for key in DRAWN if key != FIRST_KL or reference_moves(run)}
+    return {key: values for key, values in drawn.items() if set(values) - {None, NOT_DRAWN_AT.get(key)}}
+
+
+def drawn_events(run: Run) -> dict[str, Any]:
+    """What the KL plot shows beside the KL: budget and ceiling, where alarms began, and what was given up."""
+    limits = {"budget": "target_kl_per_sequence", "ceiling": "max_kl_per_sequence"}
+    known = {name: leash_figure(run, key) for name, key in limits.items()}
+    return {
+        "limits": [{"name": f"{name} {value:g} nats", "value": value} for name, value in known.items() if value],
+        "alarms": [
+            {"update": update, "name": html.escape(alarm.name.replace("_", " "))}
+            for alarm in noted_alarms(run)
+            for update in alarm.begins
+        ],
+        "given_up": [drawn_roll_back(run, row) for row in run.roll_backs],
+    }
+
+
+def drawn_roll_back(run: Run, row: Record) -> dict[str, Any]:
+    """The KL of the records that a roll-back gave up, from the last record that was kept."""
+    kept = [record for record in run.records if record["update"] == row.get("to")]
+    rows = kept + [record for record in objects(row, "records") if type(record.get("update")) is int]
+    return {
+        "name": f"given up by roll-back {row['roll_back']}",
+        "update": [record["update"] for record in rows],
+        "kl": series(rows, KL),
+    }
 
 
 def beta_text(run: Run) -> str:
@@ -288,6 +511,8 @@ def summary(run: Run, longest: float) -> dict[str, Any]:
         "reach": round(math.sqrt(max(0.0, moved.mean) / longest), 4) if moved and longest > 0 else 0,
         **{name: change(run.records, key, key) for name, key in keys.items()},
         "leash": leash_text(run),
+        "budget": budget_held(run),
+        "drifts": drift_summary(run),
         "beta_text": beta_text(run),
         "updates": run.records[-1]["update"],
         "first": first,
@@ -376,10 +601,19 @@ def shown(text: object) -> str:
 def page(runs: Sequence[Run], title: str | None, frontier: Frontier | None = None) -> str:
     """The whole page as text."""
     compared = len(runs) > 1
-    series_of_runs = [{"label": html.escape(run.label), "series": drawn_series(run)} for run in runs]
+    width = bar_width(runs)
+    drawn_runs = [
+        {
+            "label": html.escape(run.label),
+            "series": drawn_series(run),
+            **drawn_events(run),
+            "positions": [drawn_positions(row, width) for row in run.drift_maps],
+        }
+        for run in runs
+    ]
     judge = judge_name(runs) if any(judge_change(run) for run in runs) else None
     longest = max((moved.mean for run in runs if (moved := drift(run))), default=0.0)
-    data = embedded_json({"runs": series_of_runs, "judge": judge, "frontier": drawn_frontier(frontier)})
+    data = embedded_json({"runs": drawn_runs, "judge": judge, "frontier": drawn_frontier(frontier)})
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "interval": interval, "duration": duration, "shown": shown}
     template = importlib.resources.files("kleash").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -395,6 +629,12 @@ def page(runs: Sequence[Run], title: str | None, frontier: Frontier | None = Non
         best_of_n=best_of_n_rows(frontier),
         frontier_sentences=frontier_sentences(frontier, runs) if frontier else [],
         inks={theme: inks(len(runs), theme) for theme in INKS},
+        marks={
+            "alarms": any(run.alarms for run in runs),
+            "given_up": any(run.roll_backs for run in runs),
+            "bar_width": width,
+            "halfway": runs[0].drift_maps[0]["update"] if len(runs[0].drift_maps) > 1 else None,
+        },
         data=data,
         nonce=hashlib.sha256(data.encode()).hexdigest()[:32],
         plotly=Markup(get_plotlyjs()),
@@ -413,8 +653,8 @@ def write_report(
     """Writes one self-contained HTML page about one run, or comparing several, and returns its path.
 
     Args:
-      runs: run directories, each with config.yaml and records.jsonl; timings.jsonl and samples.jsonl are
-        used when there.
+      runs: run directories, each with config.yaml and records.jsonl; timings.jsonl, samples.jsonl, alarms.jsonl,
+        roll_backs.jsonl and drift.jsonl are used when there.
       out: the page; replaced in one step, so that a reader never sees half of it.
       labels: the runs' names on the page; their directories' names otherwise.
       title: the page's title; made from the labels otherwise.

@@ -16,19 +16,27 @@ from kleash.overoptimisation import OveroptimisationCurve
 Record = Mapping[str, Any]
 
 KL = "kl_policy_ref_per_sequence"
+FIRST_KL = "kl_policy_first_ref_per_sequence"  # to where the reference was at the start, if it moves
+HELD_WITHIN = 0.1  # of a budget
 LEAST_FALL = 2.0  # from its peak, in half-widths, before a judge's fall is pointed out
 MINUS, ARROW, PLUS_MINUS = "\u2212", "\u2192", "\u00a0\u00b1\u00a0"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory, read."""
+    """One run directory, read.
+
+    drift_maps: of the update halfway, where it drifted, and of the last update that did.
+    """
 
     label: str
     config: Record
     records: Sequence[Record]
     timings: Sequence[Record]
     samples: Sequence[Record]
+    alarms: Sequence[Record] = ()
+    roll_backs: Sequence[Record] = ()
+    drift_maps: Sequence[Record] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,54 @@ class Change:
         noise = math.hypot(self.start.half_width, self.end.half_width)
         difference = self.end.mean - self.start.mean
         return "held" if abs(difference) <= noise else "rose" if difference > 0 else "fell"
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the second half of a run made of its budget, both in nats per sequence."""
+
+    budget: float
+    mean: float
+
+    @property
+    def held(self) -> bool:
+        return abs(self.mean - self.budget) <= HELD_WITHIN * self.budget
+
+    @property
+    def off(self) -> str:
+        """How far the mean is from the budget.
+
+        >>> Held(6, 6.3).off, Held(6, 4.5).off, Held(6, 18).off, Held(6, 6.01).off
+        ('5% above it', '25% below it', '3.0 times it', 'within 1% of it')
+        """
+        ratio = self.mean / self.budget
+        if ratio >= 2:
+            return f"{ratio:.1f} times it"
+        share = f"{abs(ratio - 1):.0%}"
+        return "within 1% of it" if share == "0%" else f"{share} {'above' if ratio > 1 else 'below'} it"
+
+
+@dataclass(frozen=True)
+class NotedAlarm:
+    """All rows of one alarm.
+
+    begins:    the first update of each stretch over which it stood.
+    last:      the update of its newest row.
+    sentence:  that row's.
+    """
+
+    name: str
+    begins: Sequence[int]
+    last: int
+    sentence: str
+
+    @property
+    def text(self) -> str:
+        """Since when, then the sentence."""
+        earlier = f" (earlier from {' and '.join(map(str, self.begins[:-1]))})" if len(self.begins) > 1 else ""
+        if self.last == self.begins[-1]:
+            return f"At update {self.last}{earlier}: {self.sentence}"
+        return f"From update {self.begins[-1]}{earlier}, last noted at update {self.last}: {self.sentence}"
 
 
 @dataclass(frozen=True)
@@ -122,6 +178,26 @@ def drift(run: Run) -> Estimate | None:
     return moved.end if moved else None
 
 
+def leash_figure(run: Run, key: str) -> float | None:
+    """A number among the leash's settings; None where it is not set."""
+    leash = run.config.get("leash")
+    return figure_of(leash, key) if isinstance(leash, dict) else None
+
+
+def budget_held(run: Run) -> Held | None:
+    """The mean KL of the second half of the updates beside the budget; None without one, or before two updates."""
+    budget = leash_figure(run, "target_kl_per_sequence")
+    found = estimate(run.records[len(run.records) // 2 :], KL, KL)
+    return Held(budget, found.mean) if budget and found and len(run.records) > 1 else None
+
+
+def reference_moves(run: Run) -> bool:
+    """Whether the drift from the first reference ever differs from the drift from the reference."""
+    pairs = ((figure_of(row, KL), figure_of(row, FIRST_KL)) for row in run.records)
+    known = [(kl, first) for kl, first in pairs if kl is not None and first is not None]
+    return any(not math.isclose(kl, first, rel_tol=1e-6, abs_tol=1e-9) for kl, first in known)
+
+
 def number(value: float | None, decimals: int | None = None) -> str:
     """A number for reading: about three digits, a true minus sign, a dash for nothing.
 
@@ -188,8 +264,7 @@ def judge_name(runs: Sequence[Run]) -> str:
 
 def run_verdict(run: Run) -> Verdict:
     """One run in one or two sentences: did it get better, how far did it drift."""
-    score, judged, moved = score_change(run), judge_change(run), drift(run)
-    drifted = f" Drift: {interval(moved)} nats per sequence." if moved else ""
+    score, judged, drifted = score_change(run), judge_change(run), drift_text(run)
     if score is None:
         return Verdict(f"The records hold no scores.{drifted}", "neutral")
     if len(run.records) == 1:
@@ -200,7 +275,41 @@ def run_verdict(run: Run) -> Verdict:
         text = "Score went {score}" + also + ". Without intervals in the records this may be noise."
         return Verdict(text.format_map(words) + drifted, "neutral")
     tone, text = SENTENCES[score.direction, judged.direction] if judged else UNJUDGED[score.direction]
+    budget = budget_held(run)
+    if budget and not budget.held and budget.mean > budget.budget and tone in ("good", "neutral"):
+        tone = "caution"
     return Verdict(text.format_map(words) + drifted + ("" if judged else f" {NO_JUDGE}"), tone)
+
+
+def drift_text(run: Run) -> str:
+    """How far the policy went, and whether it held its budget; empty where no KL was recorded."""
+    moved, budget = drift(run), budget_held(run)
+    text = f" Drift: {interval(moved)} nats per sequence" if moved else ""
+    if moved and reference_moves(run):
+        first = change(run.records, FIRST_KL, FIRST_KL)
+        text += f" from its moving reference, {interval(first.end)} from the first one" if first else ""
+    text += "." if text else ""
+    if budget:
+        found = "held" if budget.held else "missed"
+        text += (
+            f" The second half of the run {found} the budget of {budget.budget:g} nats: mean {number(budget.mean)}, "
+            f"{budget.off}."
+        )
+    return text
+
+
+def budgets_text(runs: Sequence[Run]) -> str:
+    """How many of the budgets were held, and which were not; empty without budgets."""
+    found = [(run, budget) for run in runs if (budget := budget_held(run))]
+    if not found:
+        return ""
+    missed = [run for run, budget in found if not budget.held]
+    if len(missed) == len(found):
+        return " In the second half no budget was held."
+    if not missed:
+        return f" In the second half {'both budgets were' if len(found) == 2 else 'every budget was'} held."
+    held = len(found) - len(missed)
+    return f" In the second half {held} of {len(found)} budgets were held, not that of {quoted(missed)}."
 
 
 def comparison_verdict(runs: Sequence[Run]) -> Verdict:
@@ -212,7 +321,7 @@ def comparison_verdict(runs: Sequence[Run]) -> Verdict:
     if len(judged) < len(runs):
         best, moved = max(scored, key=lambda pair: pair[1].end.mean)
         ended = f"Score ended highest with {quoted([best])}, {path_of(moved)}{at_drift(best)}."
-        return Verdict(f"{ended} {NO_JUDGE}", "neutral")
+        return Verdict(f"{ended}{budgets_text(runs)} {NO_JUDGE}", "neutral")
     best, moved = max(judged, key=lambda pair: pair[1].end.mean)
     judge = judge_name(runs)
     text, tone = f"No run clearly raised {judge}.", "neutral"
@@ -223,7 +332,7 @@ def comparison_verdict(runs: Sequence[Run]) -> Verdict:
     hackers = [run for run, other in judged if other.direction == "fell" and direction_of(run) == "rose"]
     if hackers:
         text += f" With {quoted(hackers)} score rose while {judge} fell: the reward is being hacked."
-    return Verdict(text, tone if tone == "good" or not hackers else "bad")
+    return Verdict(text + budgets_text(runs), tone if tone == "good" or not hackers else "bad")
 
 
 def direction_of(run: Run) -> str:
@@ -310,29 +419,66 @@ CHECKS: tuple[tuple[str, Callable[[float, float], bool], str, str], ...] = (
         "clip_share",
         lambda start, end: end > 0.3,
         "{end:.0%} of the ratios are clipped: the steps are large; try a lower learning rate or fewer epochs.",
-        "health",
+        "clip",
     ),
     (
         "explained_variance",
         lambda start, end: end < 0,
         "The value model predicts worse than a constant would (explained variance below 0): advantages are noisy.",
-        "health",
+        "variance",
     ),
     (
         "kl_rollout_policy_per_token_k3",
         lambda start, end: end > 1e-3,
         "Sampler and scorer disagree by {end:.1g} nats per token: the samples are not quite the policy's.",
-        "health",
+        "mismatch",
     ),
 )
 
 
+PLACES = {  # the part of the page that shows what an alarm says
+    "score_against_judge": "score",
+    "repetition_collapse": "repetition",
+    "length_collapse": "length",
+    "entropy_collapse": "entropy",
+    "heavy_reward_tail": "tail",
+    "sampler_mismatch": "mismatch",
+    "saturated_beta": "beta",
+}
+SAID_BY = {  # of what is looked at here, the alarm that means the same and says it with its beginning and a remedy
+    "eval_score_mean": "score_against_judge",
+    "eos_share": "length_collapse",
+    "entropy_per_token": "entropy_collapse",
+    "kl_rollout_policy_per_token_k3": "sampler_mismatch",
+}
+
+
+def noted_alarms(run: Run) -> list[NotedAlarm]:
+    """One entry per alarm that was raised, in the order of their beginnings."""
+    rows_of: dict[str, list[Record]] = {}
+    for row in run.alarms:
+        rows_of.setdefault(str(row.get("name")), []).append(row)
+    return sorted((noted(name, rows) for name, rows in rows_of.items()), key=lambda alarm: alarm.begins[0])
+
+
+def noted(name: str, rows: Sequence[Record]) -> NotedAlarm:
+    begins = {int(figure_of(row, "since") or row["update"]) for row in rows}
+    last = max(rows, key=lambda row: int(row["update"]))
+    return NotedAlarm(name, tuple(sorted(begins)), last["update"], str(last.get("sentence") or name))
+
+
 def pointers(run: Run) -> list[tuple[str, str]]:
-    """Sentences on what deserves a look, each with the page part that shows it."""
-    found = [(text, "score") for text in [fall_from_peak(run)] if text]
+    """Sentences on what deserves a look, each with the page part that shows it; nothing is said twice."""
+    alarms = noted_alarms(run)
+    found = [(str(row.get("why") or f"Roll-back {row['roll_back']}."), "kl") for row in run.roll_backs]
+    found += [(alarm.text, PLACES.get(alarm.name, "kl")) for alarm in alarms]
+    names = {alarm.name for alarm in alarms}
+    said = {key for key, name in SAID_BY.items() if name in names}
+    if "eval_score_mean" not in said:
+        found += [(text, "score") for text in [fall_from_peak(run)] if text]
     for key, remarkable, sentence, place in CHECKS:
         moved = change(run.records, key, key)
-        if moved and len(run.records) > 1 and remarkable(moved.start.mean, moved.end.mean):
+        if moved and key not in said and len(run.records) > 1 and remarkable(moved.start.mean, moved.end.mean):
             found.append((sentence.format(start=moved.start.mean, end=moved.end.mean), place))
     return found
 
