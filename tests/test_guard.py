@@ -276,6 +276,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_a_budget_leash_with_roll_backs_killed_again_and_again_ends_with_the_same_bytes(
     world: dict[str, str], tmp_path: Path
 ) -> None:
