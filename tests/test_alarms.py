@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kleash.alarms import KEYS, KL, Alarm, AlarmContext, AlarmsConfig, AlarmWatch, History, alarms_at, figures, pooled
+from kleash.alarms import (
+    FIRST_KL,
+    KEYS,
+    KL,
+    Alarm,
+    AlarmContext,
+    AlarmsConfig,
+    AlarmWatch,
+    History,
+    alarms_at,
+    figures,
+    pooled,
+)
 from kleash.glossary import GLOSSARY
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +75,7 @@ def healthy_run(seed: int, updates: int = 120, *, final_kl: float = 6.0, pace: f
                 "beta": 0.1 * factor,
             }
         )
+        records[-1][FIRST_KL] = records[-1][KL]
     return records
 
 
@@ -90,7 +103,8 @@ def updates_of(alarms: Iterable[Alarm]) -> list[int]:
 
 
 def exploding(update: int) -> dict[str, float | None]:
-    return {**with_interval(KL, KL, 6 * math.exp(0.2 * (update - 60)), 4.0)}
+    kl = with_interval(KL, KL, 6 * math.exp(0.2 * (update - 60)), 4.0)
+    return {**kl, FIRST_KL: kl[KL]}
 
 
 def hacking(update: int) -> dict[str, float | None]:
@@ -174,12 +188,12 @@ def test_healthy_runs_raise_nothing(shape: str) -> None:
 
 def test_a_kl_that_grows_with_the_square_of_the_update_does_not_run_away() -> None:
     """The start of every run: relative growth falls as 2 / update, however long it lasts."""
-    records: Run = [{"update": u, KL: 0.02 * (u - 1) ** 2} for u in range(1, 200)]
+    records: Run = [{"update": u, FIRST_KL: 0.02 * (u - 1) ** 2} for u in range(1, 200)]
     assert not history_of_alarms(records, AlarmsConfig(), AlarmContext())["drift_runaway"]
 
 
 def test_an_exponential_runs_away_once_it_is_above_the_budget_or_five_nats() -> None:
-    records: Run = [{"update": u, KL: 0.01 * math.exp(0.2 * u)} for u in range(1, 60)]
+    records: Run = [{"update": u, FIRST_KL: 0.01 * math.exp(0.2 * u)} for u in range(1, 60)]
     for budget, least in ((None, 5.0), (50.0, 50.0)):
         raised = history_of_alarms(records, AlarmsConfig(), AlarmContext(target_kl_per_sequence=budget))
         first = raised["drift_runaway"][0].update
@@ -190,8 +204,10 @@ def test_an_exponential_runs_away_once_it_is_above_the_budget_or_five_nats() -> 
 def test_fast_growth_of_a_large_kl_runs_away_even_if_it_slows() -> None:
     growth = [0.4] * 10 + [0.2] * 10
     for end, raised in ((15.0, False), (25.0, True)):  # nats per sequence; large is above 20
-        records: Run = [{KL: end * math.exp(-sum(growth[place:]))} for place in range(1, 20)] + [{KL: end}]
-        shifted = [{KL: float(row[KL] or 0) * math.exp(0.2)} for row in records]  # the median of the end is end
+        records: Run = [{FIRST_KL: end * math.exp(-sum(growth[place:]))} for place in range(1, 20)] + [{FIRST_KL: end}]
+        shifted = [
+            {FIRST_KL: float(row[FIRST_KL] or 0) * math.exp(0.2)} for row in records
+        ]  # the median of the end is end
         assert bool(alarms_at(shifted, AlarmsConfig(), AlarmContext())) is raised
 
 
@@ -246,7 +262,7 @@ def test_a_start_of_zero_is_no_start() -> None:
     assert alarms_at(zeros, AlarmsConfig(), AlarmContext()) == []
     later: Run = [*zeros, *([{"entropy_per_token": 1.0, "response_length_mean": 9.0, KL: 3.0}] * 5)]
     assert alarms_at(later, AlarmsConfig(), AlarmContext()) == []
-    rising: Run = [{KL: kl} for kl in [0.0] * 8 + [1.0] * 2 + [40.0] * 10]
+    rising: Run = [{FIRST_KL: kl} for kl in [0.0] * 8 + [1.0] * 2 + [40.0] * 10]
     assert [alarm.name for alarm in alarms_at(rising, AlarmsConfig(), AlarmContext())] == ["drift_runaway"]
 
 
@@ -428,3 +444,14 @@ def row_of_the_page(name: str) -> str:
 def test_the_page_of_alarms_has_exactly_the_alarms_of_the_code() -> None:
     page = (ROOT / "docs" / "alarms.md").read_text(encoding="utf-8")
     assert [line for line in page.splitlines() if line.startswith("| `")] == [row_of_the_page(name) for name in NAMES]
+
+
+def test_a_reference_that_moves_hides_no_drift_that_runs_away():
+    records: Run = [{KL: 0.5, FIRST_KL: 0.01 * math.exp(0.2 * u)} for u in range(1, 60)]
+    assert {alarm.name for alarm in alarms_at(records, AlarmsConfig(), AlarmContext())} == {"drift_runaway"}
+
+
+@pytest.mark.parametrize(("word", "action"), [("stop", "stop"), ("off", "off"), (False, "off")])
+def test_an_action_alone_is_short_for_the_alarm_with_it(word, action):
+    short = AlarmsConfig.model_validate({"entropy_collapse": word})
+    assert short == AlarmsConfig.model_validate({"entropy_collapse": {"action": action}})

@@ -379,3 +379,19 @@ def test_an_alarm_that_cannot_act_is_refused_before_the_run(action: str) -> None
 )
 def test_a_way_back_needs_a_checkpoint_from_before(content: dict[str, object]) -> None:
     assert "checkpoint.keep must be at least 2" in sentence_of({**content, "checkpoint": {"keep": 1}})
+
+
+@pytest.mark.parametrize(
+    ("alarm", "missing"),
+    [("score_against_judge", "eval_reward"), ("drift_beyond_budget", "leash.target_kl_per_sequence")],
+)
+def test_an_alarm_that_shall_act_but_can_never_ring_is_refused(alarm: str, missing: str) -> None:
+    found = sentence_of({"alarms": {alarm: "stop"}})
+    assert f"alarms.{alarm} can never ring without {missing}, and its action is stop" in found
+    config_from({**LEAST, "alarms": {alarm: "log"}}, "run.yaml")
+
+
+def test_a_misspelt_auto_is_told_what_would_do() -> None:
+    assert "Expected for leash.beta in run.yaml: a number or auto, found 'auot'" in sentence_of(
+        {"leash": {"beta": "auot"}}
+    )

@@ -13,6 +13,7 @@ RECORD = {
     "score_mean": 0.12345,
     "eval_score_mean": -1.5,
     "kl_policy_ref_per_sequence": 3.14159,
+    "kl_policy_first_ref_per_sequence": 3.14159,
     "kl_policy_ref_per_sequence_low": 2.9,
     "kl_policy_ref_per_sequence_high": 3.4,
     "beta": 0.05,
@@ -94,3 +95,9 @@ def test_the_libraries_are_silent_within_and_as_before_afterwards() -> None:
     with pytest.raises(KeyboardInterrupt), silent_libraries():
         raise KeyboardInterrupt
     assert transformers_logging.is_progress_bar_enabled() is before
+
+
+def test_a_reference_that_moves_cannot_hide_the_drift_from_the_screen():
+    moved = {**RECORD, "kl_policy_first_ref_per_sequence": 12.5}
+    assert figures_of(moved, TIMINGS)["to the first reference"] == "12.50"
+    assert "to the first reference" not in figures_of(RECORD, TIMINGS)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Record = Mapping[str, float | int | None]
 Action = Literal["off", "log", "tighten", "roll_back", "stop"]
 
 KL = "kl_policy_ref_per_sequence"
+FIRST_KL = "kl_policy_first_ref_per_sequence"  # what a reference that moves cannot hide
 KL_THAT_HARMS = 5.0  # nats per sequence; below it nothing runs away, unless a budget says otherwise
 
 
@@ -192,6 +193,14 @@ class AlarmConfig(BaseModel, ABC):
     def _off_is_a_word(cls, value: object) -> object:
         return "off" if value is False else value  # YAML reads a bare `off` as false
 
+    @model_validator(mode="before")
+    @classmethod
+    def _an_action_alone(cls, content: object) -> object:
+        """`entropy_collapse: stop` means {action: stop}; YAML reads a bare `off` as false."""
+        if content is False:
+            return {"action": "off"}
+        return {"action": content} if isinstance(content, str) else content
+
     @abstractmethod
     def finding(self, history: History, context: AlarmContext) -> Finding | None:
         """Why the rule is broken at the last record; None where it is not, or where figures are missing."""
@@ -238,11 +247,11 @@ class DriftRunaway(AlarmConfig):
     """
 
     rule: ClassVar = (
-        f"`{KL}` grew over the later half of `window` by a factor > `threshold`, and either by no less than over the "
-        "earlier half or to more than `large_kl_per_sequence`; and it is above its budget (5 nats without one)"
+        f"`{FIRST_KL}` grew over the later half of `window` by a factor > `threshold`, and either by no less than over "
+        "the earlier half or to more than `large_kl_per_sequence`; and it is above its budget (5 nats without one)"
     )
     remedy: ClassVar = "go back to a checkpoint before it, then lower the learning rate or tighten the leash"
-    reads: ClassVar = (KL,)
+    reads: ClassVar = (FIRST_KL,)
 
     threshold: float = Field(3.0, gt=1)
     """Factor by which the KL may grow in half a window."""
@@ -253,8 +262,8 @@ class DriftRunaway(AlarmConfig):
 
     def finding(self, history: History, context: AlarmContext) -> Finding | None:
         last = history.last(self.window)
-        start, end = median_over(last[:3], KL), median_over(last[-3:], KL)
-        highest = max(figures(last[: self.window // 2], KL), default=None)
+        start, end = median_over(last[:3], FIRST_KL), median_over(last[-3:], FIRST_KL)
+        highest = max(figures(last[: self.window // 2], FIRST_KL), default=None)
         if start is None or end is None or highest is None or not highest > 0:
             return None
         factor, before = end / highest, highest / start if start > 0 else math.inf
@@ -262,9 +271,9 @@ class DriftRunaway(AlarmConfig):
         if not (factor > self.threshold and runs and end > (context.target_kl_per_sequence or KL_THAT_HARMS)):
             return None
         words = (
-            f"KL(policy || reference) grew {before:.3g}-fold and then {factor:.3g}-fold in {self.window} updates, to "
-            f"{end:.3g} nats per sequence (alarm above {self.threshold:.3g}-fold, if it does not slow or is above "
-            f"{self.large_kl_per_sequence:.3g} nats): it runs away"
+            f"KL(policy || first reference) grew {before:.3g}-fold and then {factor:.3g}-fold in {self.window} "
+            f"updates, to {end:.3g} nats per sequence (alarm above {self.threshold:.3g}-fold, if it does not slow or is "
+            f"above {self.large_kl_per_sequence:.3g} nats): it runs away"
         )
         return Finding(value=factor, threshold=self.threshold, words=words)
 

@@ -315,6 +315,13 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _a_way_back(self) -> Self:
         actions = {name: alarm.action for name, alarm in self.alarms.by_name.items()}
+        blind = {
+            "score_against_judge": (self.eval_reward, "eval_reward"),
+            "drift_beyond_budget": (self.leash.target_kl_per_sequence, "leash.target_kl_per_sequence"),
+        }
+        for name, (needed, key) in blind.items():
+            if needed is None and actions[name] not in ("off", "log"):
+                raise ValueError(f"alarms.{name} can never ring without {key}, and its action is {actions[name]}")
         for name, action in actions.items():
             if action in ("tighten", "roll_back") and self.leash.beta == 0:
                 raise ValueError(f"a beta of 0 cannot be tightened, and alarms.{name}.action is {action}")
@@ -437,6 +444,8 @@ def _sentence(error: ValidationError, source: str) -> str:
             return f"Expected the key {key} in {source}, found none; add it."
         case "value_error":
             return f"Expected {source} to fit together, found that {first['ctx']['error']}; change one of them."
+        case "float_parsing" if "literal['auto']" in {part for one in error.errors() for part in one["loc"]}:
+            return f"Expected for {key} in {source}: a number or auto, found {first['input']!r}; change it."
     found = first["input"]
     return (
         f"Expected for {key} in {source}: {first['msg'].removeprefix('Input should be ')}, found {found!r}; change it."

@@ -95,6 +95,7 @@ def figures_of(record: Figures, timings: Figures) -> dict[str, str]:
         "score": _number(record["score_mean"], 3),
         "held-out": _number(record["eval_score_mean"], 3),
         "KL/seq (nats)": f"{_number(record['kl_policy_ref_per_sequence'], 2)} ±{_half_width(record)}",
+        "to the first reference": _number(record["kl_policy_first_ref_per_sequence"], 2),
         "beta": _number(record["beta"], 4),
         "entropy/token": _number(record["entropy_per_token"], 2),
         "length": _number(record["response_length_mean"], 1),
@@ -102,6 +103,9 @@ def figures_of(record: Figures, timings: Figures) -> dict[str, str]:
             _number(timings[f"seconds_{phase}"], 1) for phase in ("sampling", "rewarding", "scoring", "optimising")
         ),
     }
+    first, kl = record["kl_policy_first_ref_per_sequence"], record["kl_policy_ref_per_sequence"]
+    if first == kl:
+        del figures["to the first reference"]
     if record["eval_score_mean"] is None:
         del figures["held-out"]
     return figures
