@@ -272,8 +272,8 @@ class DriftRunaway(AlarmConfig):
             return None
         words = (
             f"KL(policy || first reference) grew {before:.3g}-fold and then {factor:.3g}-fold in {self.window} "
-            f"updates, to {end:.3g} nats per sequence (alarm above {self.threshold:.3g}-fold, if it does not slow or is "
-            f"above {self.large_kl_per_sequence:.3g} nats): it runs away"
+            f"updates, to {end:.3g} nats per sequence (alarm above {self.threshold:.3g}-fold, if it does not slow or "
+            f"is above {self.large_kl_per_sequence:.3g} nats): it runs away"
         )
         return Finding(value=factor, threshold=self.threshold, words=words)
 
