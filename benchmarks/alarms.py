@@ -7,9 +7,6 @@ read the records. The delay counts from the update at which the gold judge, a me
 negative one means that the alarm came before. Runs that are there already are read, not repeated.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +16,10 @@ from statistics import mean, median
 from typing import Any
 
 import tyro
+from demo_run import build_worlds, records_of_run
 
 from kleash.alarms import AlarmContext, AlarmsConfig, AlarmWatch
-from kleash.config import LeashConfig, RunConfig, config_as_yaml
-from kleash.demo.build import build_world
-from kleash.ppo import PPOConfig
-from kleash.rollout import RolloutConfig
-from kleash.run_directory import RunDirectory
+from kleash.config import LeashConfig
 
 UPDATES = 60
 BETAS = {"healthy": 0.25, "hacked": 0.0}
@@ -56,9 +50,7 @@ class Heard:
 
 def main() -> None:
     asked = tyro.cli(Asked, description=__doc__)
-    for seed in asked.seeds:
-        if not (asked.out / f"world_{seed}" / "world.json").exists():
-            build_world(asked.out / f"world_{seed}", seed=seed, announce=print)
+    build_worlds(asked.out, asked.seeds)
     with ThreadPoolExecutor(asked.jobs) as pool:
         heard = list(pool.map(lambda case: listened(asked.out, *case), product(BETAS, asked.seeds)))
     print(table(heard))
@@ -66,26 +58,8 @@ def main() -> None:
 
 def listened(out: Path, kind: str, seed: int) -> Heard:
     """Train the run, unless it is there already, and let the alarms read its records."""
-    world, run = out / f"world_{seed}", out / f"{kind}-seed_{seed}"
-    config = RunConfig(
-        policy=str(world / "policy"),
-        reward=str(world / "reward"),
-        eval_reward="kleash.demo.gold:gold_judge",
-        prompts=str(world / "prompts.jsonl"),
-        out=str(run),
-        leash=LeashConfig(beta=BETAS[kind]),
-        rollout=RolloutConfig(prompts_per_update=64, max_new_tokens=40),
-        ppo=PPOConfig(epochs=2, minibatches=4, learning_rate=3e-4),
-        updates=UPDATES,
-        seed=seed,
-    )
-    if len(RunDirectory(path=run).lines("records.jsonl")) < UPDATES:
-        yaml_file = out / f"{run.name}.yaml"
-        yaml_file.write_text(config_as_yaml(config), encoding="utf-8")
-        command = [sys.executable, "-m", "kleash.cli", "train", str(yaml_file), "--resume"]
-        with (out / f"{run.name}.log").open("wb") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return heard_in(RunDirectory(path=run).lines("records.jsonl"), kind, seed)
+    leash = LeashConfig(beta=BETAS[kind])
+    return heard_in(records_of_run(out, f"{kind}-seed_{seed}", leash, seed=seed, updates=UPDATES), kind, seed)
 
 
 def heard_in(records: Sequence[dict[str, Any]], kind: str, seed: int) -> Heard:

@@ -8,10 +8,6 @@ overshoot is the largest KL of any update over the budget. Ziegler's controller 
 10 000 sequences. Runs that are finished are read, not repeated.
 """
 
-import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -20,11 +16,9 @@ from statistics import mean
 from typing import Literal
 
 import tyro
+from demo_run import build_worlds, records_of_run
 
-from kleash.config import LeashConfig, RunConfig, config_as_yaml
-from kleash.demo.build import build_world
-from kleash.ppo import PPOConfig
-from kleash.rollout import RolloutConfig
+from kleash.config import LeashConfig
 
 UPDATES = 80
 TOLERANCE = 0.1
@@ -75,9 +69,7 @@ class Outcome:
 
 def main() -> None:
     asked = tyro.cli(Asked, description=__doc__)
-    for seed in asked.seeds:
-        if not (asked.out / f"world_{seed}" / "world.json").exists():
-            build_world(asked.out / f"world_{seed}", seed=seed, announce=print)
+    build_worlds(asked.out, asked.seeds)
     cases = [
         Case(kind=kind, budget=budget, beta=beta, seed=seed)
         for seed, budget, beta, kind in product(asked.seeds, asked.budgets, asked.betas, asked.kinds)
@@ -89,27 +81,8 @@ def main() -> None:
 
 def played(case: Case, out: Path) -> Outcome:
     """Run `kleash train`, unless the run is there already, and read its records."""
-    world, run = out / f"world_{case.seed}", out / case.name
-    config = RunConfig(
-        policy=str(world / "policy"),
-        reward=str(world / "reward"),
-        eval_reward="kleash.demo.gold:gold_judge",
-        prompts=str(world / "prompts.jsonl"),
-        out=str(run),
-        leash=LeashConfig(kind=case.kind, beta=case.beta, target_kl_per_sequence=case.budget),
-        rollout=RolloutConfig(prompts_per_update=64, max_new_tokens=40),
-        ppo=PPOConfig(epochs=2, minibatches=4, learning_rate=3e-4),
-        updates=UPDATES,
-        seed=case.seed,
-    )
-    records = records_of(run)
-    if len(records) < UPDATES:
-        yaml_file = out / f"{case.name}.yaml"
-        yaml_file.write_text(config_as_yaml(config), encoding="utf-8")
-        command = [sys.executable, "-m", "kleash.cli", "train", str(yaml_file), "--resume"]
-        with (out / f"{case.name}.log").open("wb") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        records = records_of(run)
+    leash = LeashConfig(kind=case.kind, beta=case.beta, target_kl_per_sequence=case.budget)
+    records = records_of_run(out, case.name, leash, seed=case.seed, updates=UPDATES)
     drift = [record["kl_policy_ref_per_sequence"] for record in records]
     outcome = Outcome(
         case=case,
@@ -120,11 +93,6 @@ def played(case: Case, out: Path) -> Outcome:
     )
     print(row(outcome), flush=True)
     return outcome
-
-
-def records_of(run: Path) -> list[dict[str, float]]:
-    path = run / "records.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def row(outcome: Outcome) -> str:

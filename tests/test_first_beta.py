@@ -61,11 +61,11 @@ def test_the_run_starts_from_sigma_over_the_root_of_twice_the_budget(world: dict
 
     config = config_in(world, tmp_path / "run")
     parts = load_parts(config, Given(scorer=FunctionScorer(function=letters, name="letters")))
-    beta = first_beta(parts, config, own=slice(0, 8), device=torch.device("cpu"), reduce=one_process)
+    beta = first_beta(parts, config, own=slice(0, 8), reduce=one_process)
     assert [len(scores) for scores in seen] == [8] * RESPONSES_PER_PROMPT
     sigma = torch.tensor(seen, dtype=torch.float64).var(0).mean().sqrt()
     assert beta == pytest.approx(float(sigma) / math.sqrt(2 * 2.0), rel=1e-12)
-    again = first_beta(parts, config, own=slice(0, 8), device=torch.device("cpu"), reduce=one_process)
+    again = first_beta(parts, config, own=slice(0, 8), reduce=one_process)
     assert again == beta
 
 

@@ -182,8 +182,8 @@ def test_a_few_real_responses_are_scored_before_the_run(world, out):
 
     parts, config = loaded(world, out, scorer=FunctionScorer(function=reward, name="f"))
     before, state = fingerprint(parts.policy), torch.get_rng_state()
-    require_working_scorers(parts, config, CPU)
-    require_working_scorers(parts, config, CPU)
+    require_working_scorers(parts, config)
+    require_working_scorers(parts, config)
     assert len(seen[0][0]) == len(seen[0][1]) == PROBES
     assert seen[0] == seen[1]  # the same ones every time: they follow from the seed
     assert fingerprint(parts.policy) == before
@@ -202,4 +202,4 @@ def test_a_few_real_responses_are_scored_before_the_run(world, out):
 def test_a_broken_reward_or_judge_is_found_before_the_run(world, out, reward, message, role):
     parts, config = loaded(world, out, **{role: FunctionScorer(function=reward, name="f")})
     with pytest.raises(RewardError, match=message):
-        require_working_scorers(parts, config, CPU)
+        require_working_scorers(parts, config)

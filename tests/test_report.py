@@ -14,13 +14,14 @@ import pytest
 import yaml
 
 from kleash import report, verdict
+from kleash.alarms import FIRST_KL, KL
 from kleash.best_of_n import BestOfN, best_of_n_kl_bound
 from kleash.errors import InputError, RunDirectoryError
 from kleash.estimators import Interval
 from kleash.frontier import Frontier, frontier_as_json, frontier_from_json
 from kleash.overoptimisation import OveroptimisationCurve
 from kleash.report import write_report, write_sweep_report
-from kleash.verdict import FIRST_KL, KL, Change, Estimate, Run
+from kleash.verdict import Change, Estimate, Run
 
 # --- run directories from formulas -----------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from game import ALL_EOS, Game
 from test_report import run_of
 from tiny import save_tiny_world, tiny_policy, tree, write_run
 
+from kleash.alarms import FIRST_KL, KL
 from kleash.baseline import best_of_n_baseline, doubling
 from kleash.best_of_n import best_of_n_kl
 from kleash.cli import main
@@ -25,8 +26,7 @@ from kleash.config import read_config
 from kleash.errors import ConfigError
 from kleash.parts import Given
 from kleash.scorers import FunctionScorer
-from kleash.sweep import FIRST_KL, curve_points, name_of, settings_of, start_score
-from kleash.verdict import KL
+from kleash.sweep import curve_points, name_of, settings_of, start_score
 
 SMALL = {
     "rollout": {"prompts_per_update": 4, "max_new_tokens": 4},

@@ -16,7 +16,6 @@ from kleash.estimators import per_sequence
 from kleash.parts import Given, Parts, load_parts
 from kleash.progress import silent_libraries
 from kleash.prompts import prompts_of_update
-from kleash.rollout import rollout_of
 from kleash.scorers import reward_models
 from kleash.seeds import generator_for
 
@@ -86,16 +85,7 @@ def reference_samples(parts: Parts, config: RunConfig, *, draws: int, prompts: i
     responses: list[tuple[int, ...]] = []
     for start in range(0, len(asked), size):
         some = asked.rows(start, start + size)
-        rollout = rollout_of(
-            parts.reference,
-            some,
-            parts.tokenizer,
-            uniforms=uniforms[start : start + size],
-            config=config.rollout,
-            eos_token_ids=parts.eos_token_ids,
-            device=device,
-            vocab=parts.vocab,
-        )
+        rollout = parts.rollout(parts.reference, some, uniforms[start : start + size], config.rollout)
         logprobs = per_sequence(rollout.rollout_logprobs.double(), rollout.response_mask)
         for column, values in zip(columns, [logprobs, *(scorer(some, rollout) for scorer in scorers)], strict=True):
             column.append(values.cpu())

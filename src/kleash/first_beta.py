@@ -9,7 +9,6 @@ from kleash.leash import beta_for_budget
 from kleash.masking import Reduce
 from kleash.parts import Parts
 from kleash.prompts import prompts_of_update
-from kleash.rollout import rollout_of
 from kleash.seeds import generator_for
 
 RESPONSES_PER_PROMPT = 4
@@ -32,14 +31,13 @@ def score_std_within_prompts(scores: Tensor, *, reduce: Reduce) -> float:
 
 
 @torch.no_grad()
-def first_beta(parts: Parts, config: RunConfig, *, own: slice, device: torch.device, reduce: Reduce) -> float:
+def first_beta(parts: Parts, config: RunConfig, *, own: slice, reduce: Reduce) -> float:
     """sigma / sqrt(2 target_kl_per_sequence), sigma from responses of the reference to the first update's prompts.
 
     Args:
       parts: models on their device.
       config: its leash has a target.
       own: the rows of this process.
-      device: where the models are.
       reduce: adds a tensor over processes.
 
     Raises:
@@ -50,23 +48,9 @@ def first_beta(parts: Parts, config: RunConfig, *, own: slice, device: torch.dev
     prompts = prompts_of_update(parts.prompts, 1, per_update=count, seed=config.seed).rows(own.start, own.stop)
     shape = (RESPONSES_PER_PROMPT, count, config.rollout.max_new_tokens)
     uniforms = torch.rand(shape, dtype=torch.float64, generator=generator_for(config.seed, "first beta"))
-    scores = [
-        parts.scorer(
-            prompts,
-            rollout_of(
-                parts.reference,
-                prompts,
-                parts.tokenizer,
-                uniforms=numbers[own],
-                config=config.rollout,
-                eos_token_ids=parts.eos_token_ids,
-                device=device,
-                vocab=parts.vocab,
-            ),
-        )
-        for numbers in uniforms
-    ]
-    sigma = score_std_within_prompts(torch.stack(scores, 1).to(device), reduce=reduce)
+    rollouts = [parts.rollout(parts.reference, prompts, numbers[own], config.rollout) for numbers in uniforms]
+    scores = torch.stack([parts.scorer(prompts, rollout) for rollout in rollouts], 1)
+    sigma = score_std_within_prompts(scores.to(parts.reference.device), reduce=reduce)
     if sigma == 0:
         raise RewardError(
             "Expected a reward that tells the reference's responses to one prompt apart, found the same score for "

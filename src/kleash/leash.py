@@ -343,11 +343,12 @@ def _require_positive(**numbers: float) -> None:
             raise ValueRangeError(f"Expected {name} finite and > 0, found {value:g}; choose a positive number.")
 
 
-def _require_bounds(beta: float, beta_min: float, beta_max: float) -> None:
+def _require_bounds(
+    beta: float, beta_min: float, beta_max: float, *, remedy: str = "choose another beta or wider bounds"
+) -> None:
     if not beta_min <= beta <= beta_max:
         raise ValueRangeError(
-            f"Expected beta between beta_min {beta_min:g} and beta_max {beta_max:g}, found {beta:g}; "
-            "choose another beta or wider bounds."
+            f"Expected beta between beta_min {beta_min:g} and beta_max {beta_max:g}, found {beta:g}; {remedy}."
         )
 
 
@@ -355,8 +356,4 @@ def _require_controller(beta: float, beta_min: float, beta_max: float) -> None:
     """What a controller that multiplies beta needs: positive bounds, and a start between them."""
     require_beta(beta)
     _require_positive(beta_min=beta_min, beta_max=beta_max)
-    if not beta_min <= beta <= beta_max:
-        raise ValueRangeError(
-            f"Expected beta between beta_min {beta_min:g} and beta_max {beta_max:g}, "
-            f"found {beta:g}; a controller that multiplies beta cannot leave 0."
-        )
+    _require_bounds(beta, beta_min, beta_max, remedy="a controller that multiplies beta cannot leave 0")

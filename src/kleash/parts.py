@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kleash.batch import Prompts
+from kleash.batch import Prompts, Rollout
 from kleash.config import RunConfig, Source
 from kleash.errors import ModelError
 from kleash.models import (
@@ -25,7 +26,7 @@ from kleash.models import (
 )
 from kleash.prompts import load_prompts, prompts_of_update, require_prompts, require_room, tokenized_prompts
 from kleash.reference import frozen_copy, require_movable, warn_unless_at_identity, without_adapter
-from kleash.rollout import rollout_of
+from kleash.rollout import RolloutConfig, rollout_of
 from kleash.scorers import Scorer, WeightedScorer, load_scorer, value_trunk_source
 from kleash.seeds import generator_for
 
@@ -53,6 +54,19 @@ class Parts:
     def vocab(self) -> int:
         """How many tokens both models know; what one of them has beyond is padding."""
         return min(int(model.config.get_text_config().vocab_size) for model in (self.policy, self.reference))
+
+    def rollout(self, model: PreTrainedModel, prompts: Prompts, uniforms: Tensor, config: RolloutConfig) -> Rollout:
+        """One response of the policy, or of the reference, to each prompt: see rollout_of."""
+        return rollout_of(
+            model,
+            prompts,
+            self.tokenizer,
+            uniforms=uniforms,
+            config=config,
+            eos_token_ids=self.eos_token_ids,
+            device=model.device,
+            vocab=self.vocab,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +174,7 @@ def scorer_from(source: Source, tokenizer: PreTrainedTokenizerBase) -> Scorer:
     )
 
 
-def require_working_scorers(parts: Parts, config: RunConfig, device: torch.device) -> None:
+def require_working_scorers(parts: Parts, config: RunConfig) -> None:
     """Score a few real responses before the run starts, so that a broken reward never costs a run.
 
     Raises:
@@ -169,15 +183,7 @@ def require_working_scorers(parts: Parts, config: RunConfig, device: torch.devic
     probes = min(PROBES, config.rollout.prompts_per_update)
     prompts = prompts_of_update(parts.prompts, 1, per_update=probes, seed=config.seed)
     shape = (probes, config.rollout.max_new_tokens)
-    rollout = rollout_of(
-        parts.policy,
-        prompts,
-        parts.tokenizer,
-        uniforms=torch.rand(shape, dtype=torch.float64, generator=generator_for(config.seed, "probe")),
-        config=config.rollout,
-        eos_token_ids=parts.eos_token_ids,
-        device=device,
-        vocab=parts.vocab,
-    )
+    uniforms = torch.rand(shape, dtype=torch.float64, generator=generator_for(config.seed, "probe"))
+    rollout = parts.rollout(parts.policy, prompts, uniforms, config.rollout)
     for scorer in filter(None, (parts.scorer, parts.eval_scorer)):
         scorer(prompts, rollout)

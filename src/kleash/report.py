@@ -23,12 +23,11 @@ from markupsafe import Markup
 from plotly.colors import sample_colorscale, unlabel_rgb
 from plotly.offline import get_plotlyjs
 
+from kleash.alarms import FIRST_KL, KL, figure_of
 from kleash.errors import InputError, RunDirectoryError
 from kleash.frontier import Frontier, frontier_from_json
 from kleash.verdict import (
     ARROW,
-    FIRST_KL,
-    KL,
     Record,
     Run,
     as_estimate,
@@ -36,7 +35,6 @@ from kleash.verdict import (
     change,
     comparison_verdict,
     drift,
-    figure_of,
     frontier_sentences,
     interval,
     judge_change,

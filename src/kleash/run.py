@@ -107,7 +107,7 @@ def run_from(config: RunConfig, given: Given, *, resume: bool) -> Run:
     for model in (parts.policy, parts.reference, *first, parts.value, *_scoring_models(parts)):
         model.to(accelerator.device)
     with accelerator.autocast():
-        require_working_scorers(parts, config, accelerator.device)
+        require_working_scorers(parts, config)
     run = _assembled(config, directory, accelerator, parts)
     if going_on and accelerator.is_main_process:
         clear_up(directory.checkpoints)
@@ -132,7 +132,7 @@ def run_from(config: RunConfig, given: Given, *, resume: bool) -> Run:
 
 def _first_beta(run: Run) -> float:
     own = run.share(run.config.rollout.prompts_per_update)
-    return first_beta(run.parts, run.config, own=own, device=run.accelerator.device, reduce=run.add_up)
+    return first_beta(run.parts, run.config, own=own, reduce=run.add_up)
 
 
 def alarm_watch(config: RunConfig, records: Sequence[Record]) -> AlarmWatch:

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from rich.markup import escape
 from rich.table import Table
 
+from kleash.alarms import FIRST_KL, KL, figure_of
 from kleash.baseline import best_of_n_baseline
 from kleash.best_of_n import BestOfN
 from kleash.checkpoint import checkpoints_in
@@ -31,9 +32,8 @@ from kleash.parts import Given
 from kleash.report import read_run, write_sweep_report
 from kleash.run_directory import RunDirectory, write_atomically
 from kleash.training import train_run
-from kleash.verdict import KL, Change, Run, drift, figure_of, interval, judge_change, score_change
+from kleash.verdict import Change, Run, drift, interval, judge_change, score_change
 
-FIRST_KL = "kl_policy_first_ref_per_sequence"
 WINDOWS = 20  # points of the curve that a run gives, each the mean of as many updates
 COMPARABLE = {
     "policy",

@@ -41,7 +41,7 @@ from kleash.ppo import PPOConfig, minibatches_of, ppo_update
 from kleash.progress import RunProgress, silent_libraries
 from kleash.prompts import prompts_of_update
 from kleash.report import write_report
-from kleash.rollout import RolloutConfig, rollout_of
+from kleash.rollout import RolloutConfig
 from kleash.run import Run, run_from, save, write_checkpoint
 from kleash.scorers import FunctionScorer, RewardFunction, Scorer, model_scorer
 from kleash.scoring import Scored, score_rollout
@@ -224,17 +224,7 @@ def sampled(run: Run, number: int) -> tuple[Prompts, Rollout]:
     shape = (count, config.rollout.max_new_tokens)
     uniforms = torch.rand(shape, dtype=torch.float64, generator=generator_for(config.seed, "sampling", number))
     prompts = prompts.rows(own.start, own.stop)
-    rollout = rollout_of(
-        run.parts.policy,
-        prompts,
-        run.parts.tokenizer,
-        uniforms=uniforms[own],
-        config=config.rollout,
-        eos_token_ids=run.parts.eos_token_ids,
-        device=run.accelerator.device,
-        vocab=run.parts.vocab,
-    )
-    return prompts, rollout
+    return prompts, run.parts.rollout(run.parts.policy, prompts, uniforms[own], config.rollout)
 
 
 def judged(run: Run, prompts: Prompts, rollout: Rollout) -> tuple[Tensor, Tensor | None]:

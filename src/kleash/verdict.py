@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kleash.alarms import FIRST_KL, KL, figure_of
 from kleash.best_of_n import BestOfN
 from kleash.estimators import Interval
 from kleash.frontier import Frontier
@@ -15,8 +16,6 @@ from kleash.overoptimisation import OveroptimisationCurve
 
 Record = Mapping[str, Any]
 
-KL = "kl_policy_ref_per_sequence"
-FIRST_KL = "kl_policy_first_ref_per_sequence"  # to where the reference was at the start, if it moves
 HELD_WITHIN = 0.1  # of a budget
 LEAST_FALL = 2.0  # from its peak, in half-widths, before a judge's fall is pointed out
 MINUS, ARROW, PLUS_MINUS = "\u2212", "\u2192", "\u00a0\u00b1\u00a0"
@@ -121,13 +120,6 @@ class Verdict:
 
 
 # --- numbers ---------------------------------------------------------------------------------------------
-
-
-def figure_of(row: Record, key: str) -> float | None:
-    """The finite number under a key, None for everything else."""
-    value = row.get(key)
-    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(row[key]) if real else None
 
 
 def series(rows: Iterable[Record], key: str) -> list[float | None]:
