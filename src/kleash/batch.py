@@ -1,5 +1,6 @@
 """The two records that travel through an update: what was asked, and what the policy answered."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,15 @@ class Prompts:
 
     def rows(self, start: int, stop: int) -> "Prompts":
         """The prompts from start to stop, like a slice of a list."""
-        columns = {name: values[start:stop] for name, values in self.columns.items()}
-        return Prompts(texts=self.texts[start:stop], tokens=self.tokens[start:stop], columns=columns)
+        return self.chosen(range(len(self))[start:stop])
+
+    def chosen(self, numbers: Sequence[int]) -> "Prompts":
+        """The prompts with these numbers, in their order."""
+        return Prompts(
+            texts=[self.texts[i] for i in numbers],
+            tokens=[self.tokens[i] for i in numbers],
+            columns={name: [values[i] for i in numbers] for name, values in self.columns.items()},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

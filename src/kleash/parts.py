@@ -21,6 +21,7 @@ from kleash.models import (
     load_tokenizer,
     require_same_vocabulary,
     require_special_tokens,
+    shared_vocabulary,
     value_model_from_policy,
     value_model_from_reward,
 )
@@ -53,7 +54,7 @@ class Parts:
     @property
     def vocab(self) -> int:
         """How many tokens both models know; what one of them has beyond is padding."""
-        return min(int(model.config.get_text_config().vocab_size) for model in (self.policy, self.reference))
+        return shared_vocabulary(self.policy, self.reference)
 
     def rollout(self, model: PreTrainedModel, prompts: Prompts, uniforms: Tensor, config: RolloutConfig) -> Rollout:
         """One response of the policy, or of the reference, to each prompt: see rollout_of."""

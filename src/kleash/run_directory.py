@@ -100,6 +100,22 @@ class RunDirectory:
             write_atomically(path, b"".join(kept).decode())
 
 
+def require_place_for(file: Path) -> None:
+    """Raise RunDirectoryError unless a file can be written there; missing directories above it are made."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"Expected to write to {file}, found {error.strerror or error}; choose another place."
+        ) from error
+    if file.is_dir():
+        raise RunDirectoryError(f"Expected a file to write, found the directory {file}; name a file in it.")
+    if not os.access(file.parent, os.W_OK):
+        raise RunDirectoryError(
+            f"Expected to write to {file}, found that nothing may be written there; choose another."
+        )
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old text or the new and never a part."""
     partial = path.with_name(f".{path.name}.partial")
