@@ -29,7 +29,7 @@ FLOORS = {
     **dict.fromkeys(["checkpoint", "progress", "parts", "preflight", "drift_map"], 9),
     **dict.fromkeys(["first_beta", "token_map", "tally"], 10),
     **dict.fromkeys(["run", "measured", "measuring"], 11),
-    **dict.fromkeys(["guard", "readout"], 12),
+    **dict.fromkeys(["guard", "readout", "samples"], 12),
     **dict.fromkeys(["training", "measure", "baseline"], 13),
     **dict.fromkeys(["demo", "sweep"], 14),
     **dict.fromkeys(["cli"], 15),

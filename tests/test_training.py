@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_its_directory_promises(run: Path) -> None:
     assert sorted(path.name for path in run.iterdir()) == [
         "alarms.jsonl", "checkpoints", "config.yaml", "drift.jsonl", "records.jsonl", "report.html", "samples.jsonl",
-        "timings.jsonl",
+        "timings.jsonl", "token_maps.jsonl",
     ]  # fmt: skip
     assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["000000", "000003"]
     assert "<html" in (run / "report.html").read_text(encoding="utf-8")
