@@ -160,11 +160,7 @@ def prompts_of_update(prompts: Prompts, update: int, *, per_update: int, seed: i
     first = (update - 1) * per_update
     passes = range(first // count, (first + per_update - 1) // count + 1)
     order = torch.cat([torch.randperm(count, generator=generator_for(seed, "prompts", n)) for n in passes])
-    chosen = order[first - passes.start * count :][:per_update].tolist()
-    columns = {name: [values[i] for i in chosen] for name, values in prompts.columns.items()}
-    return Prompts(
-        texts=[prompts.texts[i] for i in chosen], tokens=[prompts.tokens[i] for i in chosen], columns=columns
-    )
+    return prompts.at(order[first - passes.start * count :][:per_update].tolist())
 
 
 def prompts_fingerprint(prompts: Prompts) -> str:

@@ -1,0 +1,119 @@
+"""Every check of the self-test, in the order of the loop; what a fault leaves without meaning is not tried."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from kleash.config import RunConfig
+from kleash.errors import NonFiniteError
+from kleash.language_model import Models
+from kleash.parts import Parts
+from kleash.preflight.agreement import (
+    dropout_off,
+    kl_zero_at_step_0,
+    padding_invisible,
+    precision_of,
+    sampler_is_scorer,
+)
+from kleash.preflight.check import Check, failed_with, passed
+from kleash.preflight.memory import enough_memory
+from kleash.preflight.reward import reward_checks, score_position
+from kleash.preflight.sample import Sample, sample_of, scored_sample
+from kleash.preflight.step import step_checks
+from kleash.preflight.template import template_once
+from kleash.preflight.tokens import generation_config, pad_and_eos, tokenizers_match, vocabulary_fits
+
+
+def preflight(parts: Parts, models: Models, config: RunConfig, *, processes: int = 1) -> list[Check]:
+    """Try every promise of the loop on a few real responses; takes seconds and leaves no trace.
+
+    Args:
+      parts: loaded, on their device.
+      models: policy, value model and references of these parts, unwrapped.
+      config: of the run.
+      processes: that will share the work.
+    """
+    with _without_a_trace(parts):
+        checks = [
+            everything_loads(parts),
+            tokenizers_match(parts),
+            vocabulary_fits(parts),
+            template_once(parts, config),
+            pad_and_eos(parts),
+            generation_config(parts, config),
+        ]
+        if checks[2].status == "FAIL":  # a token without an embedding would stop the very first forward pass
+            return checks
+        try:
+            sample = sample_of(parts, config)
+            checks += _on_a_sample(parts, models, config, sample)
+        except NonFiniteError as error:
+            return [*checks, failed_with("numbers finite", error)]
+        _clear_gradients(parts)
+        return [*checks, enough_memory(parts, config, models, processes=processes)]
+
+
+def everything_loads(parts: Parts) -> Check:
+    """What was loaded."""
+    learning = sum(own.numel() for own in parts.policy.parameters() if own.requires_grad)
+    every = sum(own.numel() for own in parts.policy.parameters())
+    tokens = [len(tokens) for tokens in parts.prompts.tokens]
+    return passed(
+        "everything loads",
+        f"{type(parts.policy).__name__} of {_count(every)} parameters ({_count(learning)} learn), "
+        f"{len(tokens)} prompts of {min(tokens)} to {max(tokens)} tokens",
+    )
+
+
+def _count(number: int) -> str:
+    """
+    >>> _count(950), _count(1_234_567), _count(7_615_616_512)
+    ('950', '1.2M', '7.6B')
+    """
+    if number < 100_000:
+        return f"{number}"
+    return f"{number / 1e6:.1f}M" if number < 1e9 else f"{number / 1e9:.1f}B"
+
+
+def _on_a_sample(parts: Parts, models: Models, config: RunConfig, sample: Sample) -> list[Check]:
+    scored, again = scored_sample(sample, models, config), scored_sample(sample, models, config)
+    dropout = dropout_off(parts, scored, again)
+    checks = [dropout]
+    if dropout.status != "FAIL":  # two ways to one number can only meet if one way does
+        checks += [
+            kl_zero_at_step_0(parts, config, sample, scored),
+            sampler_is_scorer(parts, config, models, sample, scored),
+            padding_invisible(parts, config, models, sample, scored),
+        ]
+    of_reward, scores = reward_checks("reward", parts.scorer, sample, precision_of(parts))
+    of_judge = (
+        [] if parts.eval_scorer is None else reward_checks("judge", parts.eval_scorer, sample, precision_of(parts))[0]
+    )
+    ratio, gradients = step_checks(parts, config, models, sample, scored, scores)
+    checks += [ratio] if dropout.status != "FAIL" else []
+    return [*checks, gradients, *of_reward, score_position(parts, sample, scores), *of_judge]
+
+
+@contextmanager
+def _without_a_trace(parts: Parts) -> Iterator[None]:
+    """Within, gradients and random numbers may be used; afterwards both are as they were."""
+    kept = [(parameter, parameter.grad) for model in parts.every_model for parameter in model.parameters()]
+    on_gpu = {parameter.device for parameter, _ in kept if parameter.device.type == "cuda"}
+    python, numbers = random.getstate(), np.random.get_state()  # a reward may draw from either
+    _clear_gradients(parts)
+    try:
+        with torch.random.fork_rng(on_gpu):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
+def _clear_gradients(parts: Parts) -> None:
+    for model in parts.every_model:
+        model.zero_grad(set_to_none=True)
