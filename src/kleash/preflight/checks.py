@@ -94,7 +94,7 @@ def _on_a_sample(parts: Parts, models: Models, config: RunConfig, sample: Sample
     )
     ratio, gradients = step_checks(parts, config, models, sample, scored, scores)
     checks += [ratio] if dropout.status != "FAIL" else []
-    return [*checks, gradients, *of_reward, score_position(parts, sample, scores), *of_judge]
+    return [*checks, gradients, *of_reward, score_position(parts, config, sample, scores), *of_judge]
 
 
 @contextmanager

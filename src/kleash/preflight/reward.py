@@ -1,16 +1,18 @@
 """The reward on real responses: finite, varied, repeatable, the same alone as in a batch, and on the last token."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kleash.config import RunConfig
 from kleash.errors import RewardError
 from kleash.parts import Parts
 from kleash.preflight.agreement import Precision
 from kleash.preflight.check import Check, failed, failed_with, passed, warned
-from kleash.preflight.sample import Sample
+from kleash.preflight.sample import Sample, uniforms_of
 from kleash.rewards import adjusted_rewards
 from kleash.scorers import Scorer, shortened
 
@@ -76,7 +78,7 @@ def _spread(name: str, sample: Sample, scores: Tensor) -> Check:
     return passed(name, f"standard deviation {std:.3g} over {len(scores)} prompts")
 
 
-def score_position(parts: Parts, sample: Sample, scores: Tensor | None) -> Check:
+def score_position(parts: Parts, config: RunConfig, sample: Sample, scores: Tensor | None) -> Check:
     """Which token gets the score, shown on the first response, and whether it is the last one of every response."""
     name, rollout = "score position", sample.rollout
     mask, eos = rollout.response_mask, torch.tensor(parts.eos_token_ids, device=rollout.sequences.device)
@@ -99,7 +101,21 @@ def score_position(parts: Parts, sample: Sample, scores: Tensor | None) -> Check
                 f"with EOS at tokens {(closes[row].nonzero().flatten() + 1).tolist()}",
                 "report this: a response is finished if, and only if, its last token is EOS",
             )
+    if not _closed_by_an_eos_in_the_last_place(parts, config, sample):
+        return failed(
+            name,
+            "an EOS in the last possible place is called unfinished",
+            "report this: such a response has closed, and owes no missing_eos_penalty",
+        )
     return passed(name, _shown(sample, scores, parts.tokenizer))
+
+
+def _closed_by_an_eos_in_the_last_place(parts: Parts, config: RunConfig, sample: Sample) -> bool:
+    """Whether a response of one token counts as finished once that very token is the EOS."""
+    prompt, uniforms = sample.prompts.rows(0, 1), uniforms_of(config, 1)[:, :1]
+    token = int(parts.rollout(parts.policy, prompt, uniforms, config.rollout).responses)
+    again = replace(parts, eos_token_ids=[token]).rollout(parts.policy, prompt, uniforms, config.rollout)
+    return bool(again.finished) or int(again.responses) != token  # another one is dropout's, which has its own check
 
 
 def _shown(sample: Sample, scores: Tensor | None, tokenizer: PreTrainedTokenizerBase) -> str:
