@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -128,7 +129,10 @@ def raising(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
 
 
 def noisy(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    return [score + random.random() for score in words(prompts, completions)]
+    """Draws from each of the three generators that a reward may draw from."""
+    return [
+        score + random.random() + np.random.random() + float(torch.rand(())) for score in words(prompts, completions)
+    ]
 
 
 def whitened(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -230,6 +234,17 @@ def test_a_sound_run_passes_every_check(world: World, tmp_path: Path, name: str)
     assert all(one["remedy"] == "" for one in found.values())
     assert not (tmp_path / "run").exists()
     assert tree(Path(world["policy"]).parent) == before
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_sound_run_in_sixteen_bits_passes_every_check(world: World, tmp_path: Path, adapter: bool) -> None:
+    policy = adapter_in(world, tmp_path, drifted=True) if adapter else world["policy"]
+    config = config_from(tiny_run({**world, "policy": policy}, tmp_path / "run"), "a test")
+    parts = load_parts(config, Given())
+    checks = preflight(parts, parts.models(), config, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert [one for one in checks if one.status != "PASS"] == []
+    padding = next(one for one in checks if one.name == "padding invisible")
+    assert "(allowed 0.5)" in padding.found
 
 
 def test_a_sound_run_shows_its_figures(world: World, tmp_path: Path) -> None:
@@ -635,7 +650,11 @@ def test_a_constant_reward_is_said(world: World, tmp_path: Path) -> None:
 
 
 def test_a_reward_that_does_not_repeat_itself_is_said(world: World, tmp_path: Path) -> None:
-    warning(run_yaml(world, tmp_path, reward="test_preflight:noisy"), "reward repeats", "scored twice are up to 0.")
+    warning(
+        run_yaml(world, tmp_path, reward="test_preflight:noisy"),
+        "reward repeats",
+        "the same responses scored twice are up to",
+    )
 
 
 @pytest.mark.parametrize("reward", ["at_the_last_place", "whitened"])
@@ -815,7 +834,7 @@ def test_the_table_has_a_line_for_each_check_its_remedy_below_and_the_count(
     lines, content = out.splitlines(), json.loads(file.read_text())
     assert list(content) == ["version", "passed", "warnings", "failed", "checks"]
     assert (content["version"], content["warnings"], content["failed"]) == (kleash.__version__, 1, 1)
-    assert lines[-1] == f"{content['passed']} passed, 1 warning, 1 failed"
+    assert lines[-1] == f"{content['passed']} passed, 1 warning, 1 failed; what rests on a failed check was not tried"
     below = [number for number, line in enumerate(lines) if line.strip().startswith("-> ")]
     assert [lines[number - 1][:4] for number in below] == ["WARN", "FAIL"]
     assert len(lines) == len(content["checks"]) + len(below) + 2
@@ -846,12 +865,13 @@ def test_nothing_is_left_behind(world: World, tmp_path: Path) -> None:
     kept = torch.ones(12, 16)
     parts.policy.transformer.wte.weight.grad = kept
     before = [fingerprint(model) for model in parts.every_model]
-    states = torch.get_rng_state(), random.getstate()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
     checks = preflight(parts, models, config)
     assert [one.status for one in checks].count("FAIL") == 0
     assert [fingerprint(model) for model in parts.every_model] == before
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()
     assert not any(module.training for model in parts.every_model for module in model.modules())
     gradients = [p.grad for model in parts.every_model for p in model.parameters() if p.grad is not None]
     assert len(gradients) == 1

@@ -151,8 +151,7 @@ def _on_the_device(parts: Parts, accelerator: Accelerator) -> Models:
 
 
 def _checks(parts: Parts, models: Models, config: RunConfig, accelerator: Accelerator) -> list[Check]:
-    with accelerator.autocast():
-        return preflight(parts, models, config, processes=accelerator.num_processes)
+    return preflight(parts, models, config, autocast=accelerator.autocast, processes=accelerator.num_processes)
 
 
 def _require_sound(checks: list[Check], accelerator: Accelerator) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kleash.batch import micro_batch_of
 from kleash.config import RunConfig
 from kleash.estimators import kl_policy_ref_per_token_k3
-from kleash.language_model import LanguageModel, Models
+from kleash.language_model import Models
 from kleash.models import adapter_name, response_logits
 from kleash.parts import Parts
 from kleash.preflight.check import Check, failed, passed, warned
@@ -18,14 +18,19 @@ from kleash.reference import without_adapter
 from kleash.scoring import Scored
 
 STATISTICS = {"policy_logprobs": "policy log-probs", "ref_logprobs": "reference log-probs", "values": "values"}
-TEMPERATURES = torch.logspace(-1, 1, 81).tolist()  # tried to explain a sampler that is not the scorer
+STEPS = range(-4, 5)  # of a search for the temperature of a sampler that is not the scorer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What rounding explains: a log-prob's difference in nats, a KL at a position in nats, a relative difference."""
+    """What rounding explains.
+
+    logprob: difference of one token's log-prob, nats; mismatch: KL(rollout || policy), nats per token; kl_per_token:
+    exact KL of a model to its copy, nats; relative: difference of two scores, as a share of the larger one.
+    """
 
     logprob: float
+    mismatch: float
     kl_per_token: float
     relative: float
 
@@ -34,8 +39,8 @@ def precision_of(parts: Parts) -> Precision:
     """Of the forward passes here: that of float32, or of the 16 bits of autocast or of the models themselves."""
     device = parts.policy.device.type
     if torch.is_autocast_enabled(device) or parts.policy.dtype.itemsize < 4:
-        return Precision(logprob=0.5, kl_per_token=1e-4, relative=0.05)
-    return Precision(logprob=1e-3, kl_per_token=1e-7, relative=1e-3)
+        return Precision(logprob=0.5, mismatch=0.02, kl_per_token=1e-4, relative=0.05)
+    return Precision(logprob=1e-3, mismatch=1e-4, kl_per_token=1e-7, relative=1e-3)
 
 
 def dropout_off(parts: Parts, first: Scored, second: Scored) -> Check:
@@ -108,31 +113,35 @@ def _is_the_base(parts: Parts, sample: Sample) -> bool:
 def sampler_is_scorer(parts: Parts, config: RunConfig, models: Models, sample: Sample, scored: Scored) -> Check:
     """Whether the log-probs at sampling time are those that training will compute for the same tokens."""
     name, mask, rollout = "sampler is scorer", sample.rollout.response_mask, sample.rollout
+    precision, temperature = precision_of(parts), config.rollout.temperature
     difference = (rollout.rollout_logprobs - scored.policy_logprobs)[mask]
-    kl = kl_policy_ref_per_token_k3(rollout.rollout_logprobs, scored.policy_logprobs, mask)[mask].mean()
-    temperature = config.rollout.temperature
-    said = (
-        f"KL(rollout || policy) {float(kl):.2g} nats per token (k3), log-probs up to {difference.abs().max():.2g} apart"
-    )
-    if float(difference.abs().max()) <= precision_of(parts).logprob:
+    largest = float(difference.abs().max())
+    kl = float(kl_policy_ref_per_token_k3(rollout.rollout_logprobs, scored.policy_logprobs, mask)[mask].mean())
+    said = f"KL(rollout || policy) {kl:.2g} nats per token (k3), log-probs up to {largest:.2g} apart"
+    if largest <= precision.logprob and kl <= precision.mismatch:
         return passed(name, f"{said}, temperature {temperature:g} in both")
-    assert isinstance(models.policy, LanguageModel)
-    part = micro_batch_of(rollout, torch.arange(len(mask)))
-    seen = part.own(rollout.rollout_logprobs)
-    errors = {t: _largest(models.policy(part, None, temperature=t).policy_logprobs, seen) for t in TEMPERATURES}
-    best = min(errors, key=lambda t: errors[t])
-    if errors[best] < 0.1 * float(difference.abs().max()):
+    other, left = _temperature_that_explains(models, sample)
+    if left < 0.2 * largest:
         return failed(
             name,
-            f"{said}: sampled at about temperature {best:.2g}, scored at {temperature:g}",
+            f"{said}: sampled at about temperature {other:.2g}, scored at {temperature:g}",
             "give sampler and scorer one temperature",
         )
-    cut = bool((difference >= -precision_of(parts).logprob).all())
-    return failed(
-        name,
-        f"{said}" + (": no token is less likely when sampled, so the sampler cuts off the rest (top-k, top-p)" * cut),
-        "sample from the whole softmax, with the model and precision that score",
-    )
+    cut = bool((difference >= -precision.logprob).all())
+    why = ": no token is less likely when sampled, so the sampler cuts off the rest (top-k, top-p)" if cut else ""
+    return failed(name, f"{said}{why}", "sample from the whole softmax, with the model and precision that score")
+
+
+def _temperature_that_explains(models: Models, sample: Sample) -> tuple[float, float]:
+    """The temperature from 0.1 to 10 that comes closest to the sampler's log-probs, and how far it stays off, nats."""
+    part = micro_batch_of(sample.rollout, torch.arange(len(sample.prompts)))
+    seen, best, errors = part.own(sample.rollout.rollout_logprobs), 1.0, dict[float, float]()
+    for step in (10**0.25, 10**0.0625, 10**0.015625):
+        for temperature in (best * step**number for number in STEPS):
+            said = models.policy(part, None, temperature=temperature).policy_logprobs
+            errors[temperature] = _largest(said, seen)
+        best = min(errors, key=lambda tried: errors[tried])
+    return best, errors[best]
 
 
 @torch.no_grad()

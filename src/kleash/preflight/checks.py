@@ -1,8 +1,8 @@
 """Every check of the self-test, in the order of the loop; what a fault leaves without meaning is not tried."""
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -26,14 +26,20 @@ from kleash.preflight.step import step_checks
 from kleash.preflight.template import template_once
 from kleash.preflight.tokens import generation_config, pad_and_eos, tokenizers_match, vocabulary_fits
 
+Context = Callable[[], AbstractContextManager[object]]
 
-def preflight(parts: Parts, models: Models, config: RunConfig, *, processes: int = 1) -> list[Check]:
+
+def preflight(
+    parts: Parts, models: Models, config: RunConfig, *, autocast: Context = nullcontext, processes: int = 1
+) -> list[Check]:
     """Try every promise of the loop on a few real responses; takes seconds and leaves no trace.
 
     Args:
       parts: loaded, on their device.
       models: policy, value model and references of these parts, unwrapped.
       config: of the run.
+      autocast: what the run's forward passes stand in. Each pass with gradient gets one of its own: weights that were
+        cast without gradient before would serve in it, and no gradient would arrive.
       processes: that will share the work.
     """
     with _without_a_trace(parts):
@@ -48,12 +54,14 @@ def preflight(parts: Parts, models: Models, config: RunConfig, *, processes: int
         if checks[2].status == "FAIL":  # a token without an embedding would stop the very first forward pass
             return checks
         try:
-            sample = sample_of(parts, config)
-            checks += _on_a_sample(parts, models, config, sample)
+            with autocast():
+                sample = sample_of(parts, config)
+            checks += _on_a_sample(parts, models, config, sample, autocast)
         except NonFiniteError as error:
             return [*checks, failed_with("numbers finite", error)]
         _clear_gradients(parts)
-        return [*checks, enough_memory(parts, config, models, processes=processes)]
+        with autocast():
+            return [*checks, enough_memory(parts, config, models, processes=processes)]
 
 
 def everything_loads(parts: Parts) -> Check:
@@ -78,23 +86,26 @@ def _count(number: int) -> str:
     return f"{number / 1e6:.1f}M" if number < 1e9 else f"{number / 1e9:.1f}B"
 
 
-def _on_a_sample(parts: Parts, models: Models, config: RunConfig, sample: Sample) -> list[Check]:
-    scored, again = scored_sample(sample, models, config), scored_sample(sample, models, config)
-    dropout = dropout_off(parts, scored, again)
-    checks = [dropout]
-    if dropout.status != "FAIL":  # two ways to one number can only meet if one way does
-        checks += [
-            kl_zero_at_step_0(parts, config, sample, scored),
-            sampler_is_scorer(parts, config, models, sample, scored),
-            padding_invisible(parts, config, models, sample, scored),
-        ]
-    of_reward, scores = reward_checks("reward", parts.scorer, sample, precision_of(parts))
-    of_judge = (
-        [] if parts.eval_scorer is None else reward_checks("judge", parts.eval_scorer, sample, precision_of(parts))[0]
-    )
-    ratio, gradients = step_checks(parts, config, models, sample, scored, scores)
-    checks += [ratio] if dropout.status != "FAIL" else []
-    return [*checks, gradients, *of_reward, score_position(parts, config, sample, scores), *of_judge]
+def _on_a_sample(parts: Parts, models: Models, config: RunConfig, sample: Sample, autocast: Context) -> list[Check]:
+    with autocast():
+        scored, again = scored_sample(sample, models, config), scored_sample(sample, models, config)
+        dropout = dropout_off(parts, scored, again)
+        noisy = dropout.status == "FAIL"
+        checks = [dropout]
+        if not noisy:  # two ways to one number can only meet if one way does
+            checks += [
+                kl_zero_at_step_0(parts, config, sample, scored),
+                sampler_is_scorer(parts, config, models, sample, scored),
+                padding_invisible(parts, config, models, sample, scored),
+            ]
+        of_reward, scores = reward_checks("reward", parts.scorer, sample, precision_of(parts))
+        of_judge: list[Check] = []
+        if parts.eval_scorer is not None:
+            of_judge, _ = reward_checks("judge", parts.eval_scorer, sample, precision_of(parts))
+        position = score_position(parts, config, sample, scores)
+    with autocast():
+        ratio, gradients = step_checks(parts, config, models, sample, scored, scores)
+    return [*checks, *([] if noisy else [ratio]), gradients, *of_reward, position, *of_judge]
 
 
 @contextmanager

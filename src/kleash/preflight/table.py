@@ -33,7 +33,10 @@ def summary_of(checks: Sequence[Check]) -> str:
     '0 passed, 0 warnings, 0 failed'
     """
     found = counted(checks)
-    return f"{found['PASS']} passed, {found['WARN']} warning{'s' * (found['WARN'] != 1)}, {found['FAIL']} failed"
+    untried = "; what rests on a failed check was not tried" if found["FAIL"] else ""
+    return (
+        f"{found['PASS']} passed, {found['WARN']} warning{'s' * (found['WARN'] != 1)}, {found['FAIL']} failed{untried}"
+    )
 
 
 def _worst(checks: Sequence[Check]) -> Status:

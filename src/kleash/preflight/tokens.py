@@ -46,7 +46,8 @@ def _leaves(scorer: Scorer | None) -> list[ModelScorer | TextModelScorer]:
 def tokenizers_match(parts: Parts) -> Check:
     """Whether policy and reward models read a token id as the tokenizer writes it; loading has held the reference."""
     name, known = "tokenizers match", len(parts.tokenizer.get_vocab())
-    beside = tokenizer_beside(parts.policy.config._name_or_path)
+    source = parts.policy.config._name_or_path
+    beside = None if source == parts.tokenizer.name_or_path else tokenizer_beside(source)
     odd = None if beside is None else _shared_difference(parts.tokenizer, beside)
     if odd is not None:
         return failed(name, f"the tokenizer beside the policy is another one: {odd}", "take the policy's own tokenizer")
