@@ -64,7 +64,7 @@ def dropout_off(parts: Parts, first: Scored, second: Scored) -> Check:
                 f"two passes over one text give {words} up to {_largest(one, other):.3g} apart",
                 "look for dropout or noise that does not heed eval(), and set its rate to 0 in the model's config",
             )
-    return passed(name, "two passes over one text give the same bits; no module is in training mode")
+    return passed(name, "two passes give the same bits, no module drops anything")
 
 
 def _drops(module: nn.Module) -> bool:
@@ -82,7 +82,7 @@ def kl_zero_at_step_0(parts: Parts, config: RunConfig, sample: Sample, scored: S
     said = f"KL(policy || reference) {kl:.3g} nats per response"
     over = f"{len(mask)} responses, {int(mask.sum())} tokens"
     if largest == 0:
-        return passed(name, f"KL(policy || reference) exactly 0 nats on {over}")
+        return passed(name, f"KL(policy || reference) exactly 0 on {over}")
     base = adapter_name(parts.policy) is not None and _is_the_base(parts, sample)
     who = "the reference is the base model under the policy's adapter" if base else "the reference is another model"
     if config.reference.kind == "adapter_off" or config.reference.path is not None:
@@ -119,7 +119,7 @@ def sampler_is_scorer(parts: Parts, config: RunConfig, models: Models, sample: S
     kl = float(kl_policy_ref_per_token_k3(rollout.rollout_logprobs, scored.policy_logprobs, mask)[mask].mean())
     said = f"KL(rollout || policy) {kl:.2g} nats per token (k3), log-probs up to {largest:.2g} apart"
     if largest <= precision.logprob and kl <= precision.mismatch:
-        return passed(name, f"{said}, temperature {temperature:g} in both")
+        return passed(name, f"log-probs agree to {largest:.1g} nats, temperature {temperature:g} in both")
     other, left = _temperature_that_explains(models, sample)
     if left < 0.2 * largest:
         return failed(
@@ -173,8 +173,8 @@ def padding_invisible(parts: Parts, config: RunConfig, models: Models, sample: S
     lengths = sample.rollout.attention_mask.sum(1)
     return passed(
         name,
-        f"log-probs and values in the padded batch ({int(lengths.min())} to {int(lengths.max())} tokens) are those of "
-        f"each response alone, to {worst:.1g} (allowed {allowed:g})",
+        f"alone as in the batch of {int(lengths.min())} to {int(lengths.max())} tokens, to {worst:.1g} nats "
+        f"(allowed {allowed:g})",
     )
 
 

@@ -38,8 +38,8 @@ def preflight(
       parts: loaded, on their device.
       models: policy, value model and references of these parts, unwrapped.
       config: of the run.
-      autocast: what the run's forward passes stand in. Each pass with gradient gets one of its own: weights that were
-        cast without gradient before would serve in it, and no gradient would arrive.
+      autocast: what the run's forward passes stand in; entered afresh for those with gradient, which must not be
+        served by weights that were cast without.
       processes: that will share the work.
     """
     with _without_a_trace(parts):
@@ -71,8 +71,8 @@ def everything_loads(parts: Parts) -> Check:
     tokens = [len(tokens) for tokens in parts.prompts.tokens]
     return passed(
         "everything loads",
-        f"{type(parts.policy).__name__} of {_count(every)} parameters ({_count(learning)} learn), "
-        f"{len(tokens)} prompts of {min(tokens)} to {max(tokens)} tokens",
+        f"{type(parts.policy).__name__}, {_count(learning)} of {_count(every)} parameters learn; {len(tokens)} prompts "
+        f"of {min(tokens)} to {max(tokens)} tokens",
     )
 
 

@@ -53,8 +53,8 @@ def enough_memory(parts: Parts, config: RunConfig, models: Models, *, processes:
         return passed(NAME, f"one step over {size} ran; peak not measured on this system")
     need = found.peak + state
     said = (
-        f"one step over {size} takes {_size(need)} (measured {_size(found.peak)}, and {_size(state)} of AdamW) of the "
-        f"{_size(found.available)} available on {device}"
+        f"{_size(need)} of {_size(found.available)} on {device} for a step over {size} ({_size(found.peak)} measured, "
+        f"{_size(state)} AdamW)"
     )
     if need > found.available:
         return failed(NAME, said, REMEDY)

@@ -48,7 +48,7 @@ def _checks(
             "fix its seed, or average over several calls: its noise is the policy's noise",
         )
     else:
-        yield passed(f"{role} repeats", "the same responses scored twice have the same scores")
+        yield passed(f"{role} repeats", "scored twice, the same scores")
     difference, row = map(float, (scores[: len(alone)] - alone).abs().max(0))
     allowed = precision.relative * max(1.0, float(scores.abs().max())) + 4 * noise
     if difference > allowed:
@@ -59,7 +59,7 @@ def _checks(
             "mask the padding in it, and let each score depend on its own prompt and completion only",
         )
     else:
-        yield passed(f"{role} alone", f"a response alone has the score it has in a padded batch, to {difference:.1g}")
+        yield passed(f"{role} alone", f"alone the score of the padded batch, to {difference:.1g}")
 
 
 def _spread(name: str, sample: Sample, scores: Tensor) -> Check:

@@ -49,8 +49,8 @@ def _ratio_1(sums: StepSums) -> Check:
     name, tokens = "ratio 1", int(sums.tokens)
     mean, largest = float(sums.ratio) / tokens, float(sums.ratio_max)
     if mean == 1 and largest == 1:
-        return passed(name, f"new policy / old policy exactly 1 on {tokens} tokens of the first micro-batch")
-    said = f"new policy / old policy {mean:.6g} on average and at most {largest:.6g} before any step"
+        return passed(name, f"new / old policy exactly 1 on {tokens} tokens, before any step")
+    said = f"new / old policy {mean:.6g} on average and at most {largest:.6g} before any step"
     if max(abs(mean - 1), largest - 1) < 1e-3:
         return warned(name, f"{said}: rounding, but not the same bits", "compare the kernels with and without gradient")
     return failed(name, said, "score and train with the same model, temperature and micro-batches, dropout off")
@@ -92,5 +92,5 @@ def _gradients_arrive(parts: Parts) -> Check:
                     name, f"the gradient of {key} of the {role} is not finite", "look for -inf or NaN in the logits"
                 )
             zeros += not bool(parameter.grad.any())
-    said = f"; {zeros} of them start at exactly 0, as below a head or an adapter of zeros" if zeros else ""
-    return passed(name, f"all {learning} tensors that learn have a finite gradient, no frozen one has any{said}")
+    said = f"; {zeros} start at 0, as below a head of zeros" if zeros else ""
+    return passed(name, f"finite, at all {learning} tensors that learn and no frozen one{said}")

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from kleash.preflight.check import Check, Status, counted
 from kleash.version import VERSION
 
+THROUGHOUT = {"ratio 1", "memory"}  # checks that are there if all are
 COLOURS: dict[Status, str] = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red"}
 
 
@@ -22,9 +22,18 @@ def table_of(checks: Sequence[Check]) -> RenderableType:
     table.add_column(overflow="fold")
     for check in checks:
         colour = COLOURS[check.status]
-        found = escape(check.found) + (f"\n[{colour}]-> {escape(check.remedy)}[/]" if check.remedy else "")
-        table.add_row(f"[{colour}]{check.status}[/]", check.name, found)
+        table.add_row(Text(check.status, style=colour), Text(check.name), _found_and_remedy(check, colour))
     return Group(table, Text(), Text(summary_of(checks), style=COLOURS[_worst(checks)]))
+
+
+def _found_and_remedy(check: Check, colour: str) -> RenderableType:
+    if not check.remedy:
+        return Text(check.found)
+    remedy = Table.grid(padding=(0, 1, 0, 0))
+    remedy.add_column(no_wrap=True)
+    remedy.add_column(overflow="fold")
+    remedy.add_row(Text("->", style=colour), Text(check.remedy, style=colour))
+    return Group(Text(check.found), remedy)
 
 
 def summary_of(checks: Sequence[Check]) -> str:
@@ -33,7 +42,8 @@ def summary_of(checks: Sequence[Check]) -> str:
     '0 passed, 0 warnings, 0 failed'
     """
     found = counted(checks)
-    untried = "; what rests on a failed check was not tried" if found["FAIL"] else ""
+    whole = not found["FAIL"] or {check.name for check in checks} >= THROUGHOUT
+    untried = "" if whole else "; what rests on a failed check was not tried"
     return (
         f"{found['PASS']} passed, {found['WARN']} warning{'s' * (found['WARN'] != 1)}, {found['FAIL']} failed{untried}"
     )

@@ -172,4 +172,4 @@ def generation_config(parts: Parts, config: RunConfig) -> Check:
             f"{temperature:g}",
             "serve the trained policy without these, or set rollout.temperature to the one it is served at",
         )
-    return passed(name, f"nothing cut off: sampled and scored from the whole softmax at temperature {temperature:g}")
+    return passed(name, f"the whole softmax at temperature {temperature:g}, nothing cut off")
