@@ -739,6 +739,20 @@ def test_weights_that_are_not_finite_are_named(world: World, tmp_path: Path) -> 
     failing(path, "numbers finite", "Expected finite logits to sample from, found nan", missing=rest)
 
 
+@pytest.mark.filterwarnings("default::kleash.errors.KleashWarning")  # the head cannot be tried out either
+def test_a_model_that_does_not_run_is_named_with_what_it_says(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise ValueError("no such cache.\nand a second line")
+
+    tampered(monkeypatch, lambda parts: parts.policy.register_forward_pre_hook(refuse))
+    path, rest = run_yaml(world, tmp_path), CHECKS[CHECKS.index("dropout off") :]
+    failing(path, "models run", "and read the answer, found ValueError: no such cache", missing=rest)
+    assert main(["train", str(path), "--debug"]) == 2
+    assert "in refuse" in capsys.readouterr().err  # the traceback leads to the place
+
+
 # --- memory ---
 
 

@@ -270,8 +270,8 @@ def _assembled(
 def _require_same_config(directory: RunDirectory, config: RunConfig) -> None:
     """Raise RunDirectoryError unless the run was started with this configuration.
 
-    `updates` may grow while the learning rate is constant, and checkpoints may come at other times: neither
-    changes what an update does.
+    `updates` may grow while the learning rate is constant, checkpoints may come at other times, and the checks before
+    the first update may be left out: none of it changes what an update does.
     """
     if not directory.config.exists():
         raise RunDirectoryError(f"Expected {directory.config} of the run to resume, found none; start a new run.")

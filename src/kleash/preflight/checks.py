@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kleash.config import RunConfig
-from kleash.errors import NonFiniteError
+from kleash.errors import ModelError, NonFiniteError, first_line
 from kleash.language_model import Models
 from kleash.parts import Parts
 from kleash.preflight.agreement import (
@@ -25,6 +25,7 @@ from kleash.preflight.sample import Sample, sample_of, scored_sample
 from kleash.preflight.step import step_checks
 from kleash.preflight.template import template_once
 from kleash.preflight.tokens import generation_config, pad_and_eos, tokenizers_match, vocabulary_fits
+from kleash.scoring import Scored
 
 Context = Callable[[], AbstractContextManager[object]]
 
@@ -53,12 +54,10 @@ def preflight(
         ]
         if checks[2].status == "FAIL":  # a token without an embedding would stop the very first forward pass
             return checks
-        try:
-            with autocast():
-                sample = sample_of(parts, config)
-            checks += _on_a_sample(parts, models, config, sample, autocast)
-        except NonFiniteError as error:
-            return [*checks, failed_with("numbers finite", error)]
+        tried = _sampled_and_scored(parts, models, config, autocast)
+        if isinstance(tried, Check):
+            return [*checks, tried]
+        checks += _on_a_sample(parts, models, config, *tried, autocast)
         _clear_gradients(parts)
         with autocast():
             return [*checks, enough_memory(parts, config, models, processes=processes)]
@@ -86,10 +85,31 @@ def _count(number: int) -> str:
     return f"{number / 1e6:.1f}M" if number < 1e9 else f"{number / 1e9:.1f}B"
 
 
-def _on_a_sample(parts: Parts, models: Models, config: RunConfig, sample: Sample, autocast: Context) -> list[Check]:
+def _sampled_and_scored(
+    parts: Parts, models: Models, config: RunConfig, autocast: Context
+) -> tuple[Sample, Scored] | Check:
+    """The sample and what the models say of it; a FAIL where they say nothing."""
+    try:
+        with autocast():
+            sample = sample_of(parts, config)
+            return sample, scored_sample(sample, models, config)
+    except NonFiniteError as error:
+        return failed_with("numbers finite", error)
+    except Exception as error:  # a model may do anything
+        unable = ModelError(
+            "Expected models that answer a prompt and read the answer, found "
+            f"{type(error).__name__}: {first_line(error).rstrip('.')}; choose another policy or reward, or find the "
+            "place with kleash train --debug."
+        )
+        unable.__cause__ = error
+        return failed_with("models run", unable)
+
+
+def _on_a_sample(
+    parts: Parts, models: Models, config: RunConfig, sample: Sample, scored: Scored, autocast: Context
+) -> list[Check]:
     with autocast():
-        scored, again = scored_sample(sample, models, config), scored_sample(sample, models, config)
-        dropout = dropout_off(parts, scored, again)
+        dropout = dropout_off(parts, scored, scored_sample(sample, models, config))
         noisy = dropout.status == "FAIL"
         checks = [dropout]
         if not noisy:  # two ways to one number can only meet if one way does
