@@ -290,6 +290,8 @@ class RunConfig(BaseModel):
     """auto: bfloat16 autocast on a GPU that has it, float32 elsewhere; weights stay float32."""
     trackers: tuple[str, ...] = ()
     """Experiment trackers that accelerate knows, for example tensorboard or wandb."""
+    preflight: bool = True
+    """Try everything out on a few responses before the first update, as kleash check does, and stop on a FAIL."""
 
     @field_validator("kl", mode="before")
     @classmethod

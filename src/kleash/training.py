@@ -308,6 +308,7 @@ def train(
     updates: int = 100,
     seed: int = 0,
     checkpoint: CheckpointConfig | None = None,
+    preflight: bool = True,
     resume: bool = False,
     quiet: bool = False,
 ) -> RunResult:
@@ -327,6 +328,7 @@ def train(
       leash: None = a fixed beta of 0.05.
       rollout, ppo, alarms, checkpoint: None = their defaults.
       updates, seed: length of the run, and what every random number follows from.
+      preflight: try everything out on a few responses before the first update, and stop on a fault.
       resume: go on from the newest checkpoint in `out`.
       quiet: no progress on stderr.
 
@@ -335,7 +337,7 @@ def train(
 
     Raises:
       InputError: something given cannot be used; found before the first step wherever possible.
-      RunStopped: the run stopped itself: on a loss that is not finite, by an alarm, or above its ceiling.
+      RunStopped: the run stopped itself: on a failed check, a loss that is not finite, an alarm, or its ceiling.
     """
     content = {
         "policy": _name(policy),
@@ -353,6 +355,7 @@ def train(
         "updates": updates,
         "seed": seed,
         "checkpoint": checkpoint or CheckpointConfig(),
+        "preflight": preflight,
     }
     config = config_from(content, "the arguments of kleash.train")
     tokenizer = tokenizer or _tokenizer_of(policy)
