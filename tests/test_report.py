@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import yaml
 
-from kleash import report, verdict
+from kleash import drift_tables, report, verdict
 from kleash.alarms import FIRST_KL, KL
 from kleash.best_of_n import BestOfN, best_of_n_kl_bound
 from kleash.errors import InputError, RunDirectoryError
 from kleash.estimators import Interval
 from kleash.frontier import Frontier, frontier_as_json, frontier_from_json
 from kleash.overoptimisation import OveroptimisationCurve
+from kleash.page import embedded_json, visible
 from kleash.report import write_report, write_sweep_report
 from kleash.verdict import Change, Estimate, Run
 
@@ -415,8 +416,8 @@ def test_the_drift_is_read_at_the_last_update_that_drifted_and_halfway(tmp_path:
 @pytest.mark.parametrize("width", [1, 3, 7, 200])
 def test_the_bars_over_the_positions_add_up_to_the_drift(width: int) -> None:
     row = a_drift_map(5, [place / 10 for place in range(100)])
-    bars = report.drawn_positions(row, width)
-    assert math.fsum(bars["kl"]) == pytest.approx(report.total_drift(row), rel=1e-4)
+    bars = drift_tables.drawn_positions(row, width)
+    assert math.fsum(bars["kl"]) == pytest.approx(drift_tables.total_drift(row), rel=1e-4)
     ranges = [range(first, last + 1) for first, last in zip(bars["first"], bars["last"], strict=True)]
     assert [place for part in ranges for place in part] == list(range(100))
     assert all(len(part) == width for part in ranges[:-1])
@@ -425,9 +426,9 @@ def test_the_bars_over_the_positions_add_up_to_the_drift(width: int) -> None:
 
 def test_all_runs_share_a_width_of_bars_that_keeps_them_few() -> None:
     runs = [replace(run_of([]), drift_maps=[a_drift_map(5, [0.1] * length)]) for length in (10, 150)]
-    assert report.bar_width(runs) == 3
-    assert report.bar_width(runs[:1]) == 1
-    assert report.bar_width([run_of([])]) == 1
+    assert drift_tables.bar_width(runs) == 3
+    assert drift_tables.bar_width(runs[:1]) == 1
+    assert drift_tables.bar_width([run_of([])]) == 1
 
 
 def test_bars_of_several_positions_are_called_so(tmp_path: Path) -> None:
@@ -440,16 +441,16 @@ def test_bars_of_several_positions_are_called_so(tmp_path: Path) -> None:
 
 
 def test_each_class_has_its_share_of_the_tokens_beside_that_of_the_drift() -> None:
-    first, other = report.class_rows(a_drift_map(5, [2.0, 1.0, 1.0]))
+    first, other = drift_tables.class_rows(a_drift_map(5, [2.0, 1.0, 1.0]))
     assert (first["name"], first["share_of_tokens"], first["share_of_kl"], first["per_token"]) == (
         *("First token", 0.25, 0.5, 2.0),
     )
     assert (other["name"], other["share_of_tokens"], other["share_of_kl"]) == ("Other", 0.75, 0.5)
-    assert report.class_rows({"update": 1}) == []
+    assert drift_tables.class_rows({"update": 1}) == []
 
 
 def test_a_place_of_large_drift_says_the_token_its_context_and_how_likely_it_was() -> None:
-    [place] = report.drift_summary(replace(run_of([]), drift_maps=[a_drift_map(5, [2.0, 1.0])]))["places"]
+    [place] = drift_tables.drift_summary(replace(run_of([]), drift_maps=[a_drift_map(5, [2.0, 1.0])]))["places"]
     assert place == {
         "token": "\u2423Use",
         "context": " Use\u21b5wash",
@@ -459,15 +460,15 @@ def test_a_place_of_large_drift_says_the_token_its_context_and_how_likely_it_was
         "ref": 0.1882,
         "likelihood": "5.1\u00d7 more likely",
     }
-    assert report.place_row({})["likelihood"] == "-"
-    assert report.drift_summary(run_of([])) is None
+    assert drift_tables.place_row({})["likelihood"] == "-"
+    assert drift_tables.drift_summary(run_of([])) is None
 
 
 def test_what_cannot_be_seen_of_a_token_is_written_out() -> None:
     hidden = " \t\n\x00\u202e\u00a0\ud800a"
-    assert report.visible(hidden) == "\u2423\u21e5\u21b5U+0000U+202EU+00A0U+D800a"
-    assert report.visible("") == "(empty)"
-    assert report.visible("n\u00e9\u4e2d\u0644") == "n\u00e9\u4e2d\u0644"
+    assert visible(hidden) == "\u2423\u21e5\u21b5U+0000U+202EU+00A0U+D800a"
+    assert visible("") == "(empty)"
+    assert visible("n\u00e9\u4e2d\u0644") == "n\u00e9\u4e2d\u0644"
 
 
 # --- what it shows ---------------------------------------------------------------------------------------
@@ -775,7 +776,7 @@ def test_texts_of_models_and_users_cannot_become_markup(pages: dict[str, Path]) 
 
 def test_embedded_json_cannot_leave_its_script_element_and_says_the_same() -> None:
     data = {"text": "</script><!-- & \u2028", "number": 0.5}
-    text = str(report.embedded_json(data))
+    text = str(embedded_json(data))
     assert not set(text) & set("<>&\u2028")
     assert json.loads(text) == data
 
