@@ -3,15 +3,13 @@
 import json
 import math
 import random
-import shutil
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from browsing import TOO_WIDE, eventually
 
 from kleash import drift_tables, report, verdict
 from kleash.alarms import FIRST_KL, KL
@@ -781,25 +779,6 @@ def test_embedded_json_cannot_leave_its_script_element_and_says_the_same() -> No
     assert json.loads(text) == data
 
 
-TOO_WIDE = """
-Array.from(document.querySelectorAll("main *, header *"))
-  .filter((part) => !part.closest(".legend, .canvas, thead") && part.getBoundingClientRect().right > innerWidth + 1)
-  .map((part) => part.outerHTML.slice(0, 80))
-"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 @pytest.mark.parametrize("name", ["compared", "attacked", "single", "swept", "extrapolated", "eventful"])
 def test_a_browser_shows_it_quietly_offline_and_within_a_phone(pages: dict[str, Path], browser: Any, name: str) -> None:
     tab = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="light")
@@ -817,14 +796,6 @@ def test_a_browser_shows_it_quietly_offline_and_within_a_phone(pages: dict[str, 
     assert said == []
     assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
     tab.close()
-
-
-def eventually(tab: Any, condition: str) -> None:
-    """Ask the page until the condition holds; its own content policy forbids that it asks itself."""
-    deadline = time.monotonic() + 20
-    while not tab.evaluate(condition):
-        assert time.monotonic() < deadline, condition
-        tab.wait_for_timeout(50)
 
 
 def test_dark_mode_reaches_page_and_plots_when_switched(pages: dict[str, Path], browser: Any) -> None:

@@ -92,7 +92,7 @@ def as_choice(kl: float) -> str:
     """A drift beside the best of n responses of the reference, which is at most ln n - (n - 1) / n nats from it.
 
     >>> as_choice(1.2), as_choice(0.001)
-    ("as far as the best of 7 of the reference's responses could be", 'hardly at all')
+    ("as far as the best of 8 of the reference's responses could be", 'hardly at all')
     >>> as_choice(26.0)
     "farther than the best of a million of the reference's responses could be"
     """

@@ -8,6 +8,7 @@ import hashlib
 import importlib.resources
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Mapping
 from functools import cache
@@ -27,6 +28,7 @@ INKS = {  # of lines and bars, on a light and on a dark page
     "dark": ("#4fb0ec", "#ff8b45", "#2fcb9b", "#e391c3", "#f0b93a", "#a5d8f7"),
 }
 WHITESPACE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}  # open box, return arrow, tab arrow
+ESCAPED = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 
 
@@ -90,9 +92,9 @@ def duration(seconds: float) -> str:
 
 
 def embedded_json(data: object) -> Markup:
-    """JSON that no HTML parser can leave: the characters <, > and & appear only as escapes."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return Markup(text.translate({ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&"}))
+    """JSON that no HTML parser can leave: <, > and & appear only as escapes; so do halves of characters."""
+    text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return Markup(ESCAPED.sub(lambda mark: f"\\u{ord(mark[0]):04x}", text))
 
 
 @cache
