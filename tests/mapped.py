@@ -141,3 +141,18 @@ def position_row(maps: Sequence[dict[str, Any]], place: int) -> dict[str, Any]:
 def top_row(row: dict[str, Any]) -> dict[str, Any]:
     place = {"token": row["pieces"][0], "token_id": 5, "class": "first_token", "position": 0, "sequence": 0}
     return place | {"kl_policy_ref": 1.5, "policy_prob": 0.96, "ref_prob": 0.19, "ratio": 5.0, "context": "before"}
+
+
+def a_drift_map(update: int, kl: list[float], text: str = " Use") -> dict[str, Any]:
+    """A line of drift.jsonl: 4 responses, its first position the first tokens, all others of class `other`."""
+    rows = [{"position": place, "sequences": 4 - place % 2, KL: value} for place, value in enumerate(kl)]
+    place = {"token": text, "token_id": 5, "class": "other", "position": 1, "sequence": 0, "kl_policy_ref": 1.5}
+    place |= {"policy_prob": 0.9641, "ref_prob": 0.1882, "ratio": 5.12, "context": f"{text}\nwash"}
+    one = {"token": text, "token_id": 5, "count": 3, KL: sum(kl) / 4, "mean_ratio": 0.2}
+    first = {"tokens": 4, KL: kl[0], "kl_policy_ref_per_token": kl[0]}
+    rest = {"tokens": 12, KL: sum(kl[1:]), "kl_policy_ref_per_token": sum(kl[1:]) / 3}
+    nothing = {"tokens": 0, KL: 0.0, "kl_policy_ref_per_token": None}
+    by_class = {"first_token": first, "eos": nothing, "special": nothing, "other": rest}
+    drifted = sum(kl) > 0
+    lists = {"top_tokens": [place] if drifted else [], "drifted_tokens": [one] if drifted else []}
+    return {"update": update, "by_position": rows, "by_class": by_class, **lists}

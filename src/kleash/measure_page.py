@@ -125,7 +125,6 @@ def tiles(measured: Record) -> list[tuple[str, str, str]]:
             f"the one-token estimate; needs {round_count(need)} responses, not {count:,}, for the exact one's interval"
         )
     own, other = estimate_of(measured, "entropy_policy_per_token"), estimate_of(measured, "entropy_ref_per_token")
-    half = f"\u00b1 {number(own.half_width)} " if own and own.half_width else ""
     finished = figure_of(measured, "finished_share")
     ends = f"tokens; {finished:.0%} end by themselves" if finished is not None else "tokens"
     exact = "nats per response, KL(policy \u2016 reference)"
@@ -135,7 +134,7 @@ def tiles(measured: Record) -> list[tuple[str, str, str]]:
         ("Drift, exact", interval(estimate_of(measured, KL)), exact),
         (name, interval(estimate_of(measured, key)), note),
         ("Drift per token", interval(estimate_of(measured, "kl_policy_ref_per_token")), "nats, mean over all tokens"),
-        ("Entropy", number(own.mean if own else None), f"{half}nats per token; the reference there {interval(other)}"),
+        ("Entropy", interval(own), f"nats per token; the reference there {interval(other)}"),
         ("Response length", interval(estimate_of(measured, "response_length")), ends),
     ]
 
