@@ -190,7 +190,7 @@ def test_the_estimate_narrows_and_every_position_has_its_bar(pages: dict[str, Pa
     tab.goto(pages["given"].as_uri())
     assert "log ratio from 4.1" in tab.locator("#narrowing .canvas").get_attribute("aria-label")
     assert "no estimate of the KL" in tab.locator("#narrowing figcaption").inner_text()
-    assert "log ratio \u22120.50" in tab.locator("#response-3 .drifted").inner_text()
+    assert "log ratio \u22120.50" in tab.locator("#response-13 .drifted").inner_text()
     assert "k1" not in tab.locator("main").inner_text()
     tab.close()
 

@@ -208,12 +208,18 @@ def settings(measured: Record) -> list[tuple[str, str]]:
 def narrowing(measured: Record) -> dict[str, list[float | None]]:
     """Columns over the number of responses: the exact drift and the other figure, each with its interval."""
     rows = objects(measured, "convergence")
-    other = "k1" if measured["written_by_policy"] else "log_ratio"
     columns: dict[str, list[float | None]] = {"n": [figure_of(row, "n") for row in rows]}
-    for name, key in (("exact", "exact"), ("other", other)):
+    parts = {"exact": [row.get("exact") or {} for row in rows], "other": [other_part(row) for row in rows]}
+    for name, part in parts.items():
         for bound in ("mean", "low", "high"):
-            columns[f"{name}_{bound}"] = [figure_of(row.get(key) or {}, bound) for row in rows]
+            columns[f"{name}_{bound}"] = [figure_of(entry, bound) for entry in part]
     return columns
+
+
+def other_part(row: Record) -> Record:
+    """What stands beside the exact figure in a row of the convergence."""
+    found: Record = row.get("k1") or row.get("log_ratio") or row.get("log_ratio_per_sequence") or {}
+    return found
 
 
 def bar_width(measured: Record) -> int:
