@@ -94,14 +94,18 @@ def test_prompts_are_listed_from_the_largest_drift_down() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2, 7])
-def test_wide_bars_are_means_over_all_tokens_in_them(width: int) -> None:
+def test_the_bars_add_up_to_the_drift_and_have_the_mean_of_the_tokens_in_them(width: int) -> None:
     maps = [a_token_map(["a"] * length, [float(place) for place in range(length)]) for length in (6, 3, 2)]
     bars = measure_page.position_bars(a_measurement(maps), width)
     for first, last, per_token in zip(bars["first"], bars["last"], bars["per_token"], strict=True):
         there = [kl for row in maps for place, kl in enumerate(row["kl_policy_ref"]) if first <= place <= last]
         assert per_token == pytest.approx(sum(there) / len(there))
     assert math.fsum(bars["kl"]) == pytest.approx(sum(row[KL] for row in maps) / 3)
-    assert (None in bars["low"]) == (width > 1)
+    if width == 1:
+        assert bars["low"] == pytest.approx([0.5 * kl for kl in bars["kl"]])
+        assert bars["high"] == pytest.approx([1.5 * kl for kl in bars["kl"]])
+    else:
+        assert set(bars["low"]) == set(bars["high"]) == {None}
 
 
 def test_the_narrowing_has_both_figures_and_gaps_for_what_is_missing() -> None:

@@ -895,6 +895,7 @@ def test_the_page_switches_between_before_training_and_the_newest_update(tmp_pat
     assert tab.locator(".drifted b").all_inner_texts() == ["0", "0", "0", "0"]
     assert tab.get_by_role("button", name="Before training").get_attribute("aria-pressed") == "true"
     assert tab.locator(".response").first.get_attribute("id") == "update-1-response-0"
+    assert tab.locator(".glance").is_hidden(), "nothing is shaded"
     tab.goto(page.as_uri() + "#update-1-response-2")
     eventually(tab, "document.querySelector('.meant')?.id === 'update-1-response-2'")
     tab.evaluate("location.hash = '#response-2'")

@@ -228,22 +228,28 @@ def bar_width(measured: Record) -> int:
 
 
 def position_bars(measured: Record, width: int) -> dict[str, list[Any]]:
-    """The mean KL per token at `width` positions each, over those who reach it, and what it adds to the drift.
+    """The drift by position as bars of `width` positions each, in nats per response: they add up to the drift.
 
-    A bar's interval is there only where it is a single position.
+    So the last positions, where few responses get, do not stand out by chance. `per_token` is the mean KL there over
+    those who get there. low and high are its interval times the share of the responses that get there, for bars of
+    one position.
     """
-    rows = objects(measured, "by_position")
+    rows, count = objects(measured, "by_position"), measured["responses_count"]
     parts = [rows[first : first + width] for first in range(0, len(rows), width)]
-    alone = width == 1
     return {
         "first": [part[0]["position"] for part in parts],
         "last": [part[-1]["position"] for part in parts],
         "kl": [math.fsum(figure_of(row, KL) or 0.0 for row in part) for part in parts],
         "per_token": [weighted_mean(part) for part in parts],
         "reached": [figure_of(part[0], "sequences") for part in parts],
-        "low": [figure_of(part[0], "low") if alone else None for part in parts],
-        "high": [figure_of(part[0], "high") if alone else None for part in parts],
+        **{name: [bound(part[0], name, count) if width == 1 else None for part in parts] for name in ("low", "high")},
     }
+
+
+def bound(row: Record, name: str, count: int) -> float | None:
+    """A bound of the mean KL at a position, times the share of the responses that get there."""
+    value, reached = figure_of(row, name), figure_of(row, "sequences")
+    return None if value is None or reached is None else value * reached / count
 
 
 def weighted_mean(rows: Sequence[Record]) -> float | None:
