@@ -11,6 +11,7 @@ Source: Schulman 2020, http://joschu.net/blog/kl-approx.html (his q is the polic
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 
 import torch
@@ -217,6 +218,7 @@ def _within_strata(residuals: Tensor) -> tuple[float, int]:
     return standard_error, max(1, int(total.square() / spread)) if spread > 0 else 1
 
 
+@cache
 def student_quantile(probability: float, *, degrees_of_freedom: int) -> float:
     """The value that a Student-t variable stays below with the given probability (at least one half).
 
