@@ -26,6 +26,7 @@ from pairs import LETTERS, EnumerablePair
 from kleash.estimators import Interval
 from kleash.measure import MeasureConfig, measure
 from kleash.measured import MeasuredDrift
+from kleash.seeds import derived_seed
 
 FOUR = ("b", "c", "b c", "d c b")
 MANY = tuple(" ".join(word) for length in (1, 2, 3) for word in product(LETTERS[1:5], repeat=length))
@@ -111,7 +112,8 @@ def width(intervals: list[Interval]) -> float:
 def row(name: str, n: int, repetitions: int) -> str:
     """A line of the table."""
     case, truth = CASES[name], CASES[name].pair.truth
-    found = [measured_once(case, n, seed) for seed in range(repetitions)]
+    seeds = [derived_seed(repetition, name, n) for repetition in range(repetitions)]
+    found = [measured_once(case, n, seed) for seed in seeds]
     kl, per_token = truth.kl_policy_ref_per_sequence, truth.per_token(truth.k1)
     exact, k1 = [one.kl_policy_ref_per_sequence for one in found], [one.log_ratio_per_sequence for one in found]
     cells = [
@@ -133,7 +135,7 @@ def main(study: Study) -> None:
     print("| pair | true KL | responses | exact covers | per token | k1 covers | width k1 / exact | bias: exact, k1 |")
     print("|---|---|---|---|---|---|---|---|")
     for name in study.cases:
-        for n in study.responses[:1] if CASES[name].until else study.responses:
+        for n in study.responses if CASES[name].until is None else (0,):
             print(row(name, n, study.repetitions), flush=True)
 
 

@@ -136,23 +136,24 @@ class Tally:
 
         Where every prompt has several responses, the numbers are whole passes over the prompts beyond the first one.
         """
-        n, prompts = self.responses, self.column("prompt")
+        n, strata = self.responses, self.strata
         columns = {"exact": self.column("kl_policy_ref"), "k1": self.column("kl_policy_ref_k1")}
         steps = range(CONVERGENCE_POINTS)
         counts = {max(2, round(2 * (n / 2) ** (step / (CONVERGENCE_POINTS - 1)))) for step in steps}
-        if self.strata is not None:
-            each_pass = len(torch.unique(prompts))
+        if strata is not None:
+            each_pass = len(torch.unique(strata))
             counts = {count if count <= each_pass else count // each_pass * each_pass for count in counts}
         return [
-            {"n": count, **{name: self._after(count, x) for name, x in columns.items()}}
+            {"n": count, **{name: _after(count, x, strata) for name, x in columns.items()}}
             for count in sorted(counts)
             if count <= n
         ]
 
-    def _after(self, count: int, values: Tensor) -> dict[str, Any]:
-        """The mean of the first values, with the interval that they have."""
-        strata = even_strata(self.column("prompt")[:count])
-        return as_json(mean_with_interval(values[:count], strata=strata), n=False)
+
+def _after(count: int, values: Tensor, strata: Tensor | None) -> dict[str, Any]:
+    """The mean of the first values, with the interval that they have."""
+    known = None if strata is None else even_strata(strata[:count])
+    return as_json(mean_with_interval(values[:count], strata=known), n=False)
 
 
 def even_strata(prompts: Tensor) -> Tensor | None:
