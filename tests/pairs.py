@@ -117,3 +117,7 @@ class Truth:
     def spread(self, quantity: Tensor) -> float:
         """Standard deviation of a quantity, prompts included."""
         return self.mean((quantity - self.mean(quantity)).square()) ** 0.5
+
+    def skewness(self, quantity: Tensor) -> float:
+        """E[(x - mean)^3] / spread^3."""
+        return self.mean((quantity - self.mean(quantity)) ** 3) / self.spread(quantity) ** 3
