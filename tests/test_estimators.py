@@ -482,6 +482,14 @@ def test_the_order_of_the_sequences_does_not_matter_where_their_strata_go_with_t
     assert (shuffled.low, shuffled.high) == (pytest.approx(plain.low), pytest.approx(plain.high))
 
 
+@pytest.mark.parametrize("n", [4, 31, 32, 257])
+def test_whatever_the_values_one_stratum_is_the_plain_interval(n):
+    """Its degrees of freedom are n - 1 and not one less for want of the last bit."""
+    for values in torch.randn(50, n, dtype=torch.float64, generator=generator(n)):
+        found, plain = mean_with_interval(values, strata=torch.zeros(n).long()), mean_with_interval(values)
+        assert found.high - found.low == pytest.approx(plain.high - plain.low, rel=1e-9)
+
+
 def test_one_stratum_is_the_plain_interval_and_equal_strata_have_all_degrees_of_freedom():
     values = torch.tensor([1.0, 2.0, 4.0, 8.0])
     assert mean_with_interval(values, strata=torch.zeros(4).long()) == mean_with_interval(values)

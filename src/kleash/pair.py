@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kleash.errors import ModelError
 from kleash.language_model import LanguageModel, language_models
 from kleash.models import (
     causal_model,
@@ -74,7 +75,10 @@ def load_pair(
     Raises:
       ModelError: nothing loadable there, no tokenizer, or other tokens in the two, with the first that differs.
     """
-    words = tokenizer or load_tokenizer(_source_of(policy), pad_token=pad_token)
+    source = _source_of(policy)
+    if tokenizer is None and not str(source):
+        raise ModelError("Expected a tokenizer for a policy in memory, found none; give one.")
+    words = tokenizer or load_tokenizer(source, pad_token=pad_token)
     require_special_tokens(words)
     place = device or torch.accelerator.current_accelerator() or torch.device("cpu")
     models = [_model(policy, "policy", dtype, place), _model(reference, "reference", dtype, place)]
