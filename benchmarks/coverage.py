@@ -16,30 +16,20 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 import torch
 import tyro
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from exact import generator
-from pairs import LETTERS, EnumerablePair
+from pairs import FOUR, MANY, EnumerablePair
+from stream import Intervals, Stream, covered, require_what_measure_says, stream_of, width
 
-from kleash.estimators import Interval, mean_with_interval
-from kleash.measure import FEWEST, MOST, MeasureConfig, measure
-from kleash.measuring import Measuring, sampled_batches
-from kleash.pair import load_pair
+from kleash.estimators import Interval
+from kleash.measure import FEWEST, MOST
 from kleash.plan import Plan
 from kleash.precision import precision_from
-from kleash.prompts import tokenized_prompts
-from kleash.rollout import RolloutConfig
 from kleash.seeds import derived_seed
-from kleash.tally import even_strata
-
-FOUR = ("b", "c", "b c", "d c b")
-MANY = tuple(" ".join(word) for length in (1, 2, 3) for word in product(LETTERS[1:5], repeat=length))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,66 +80,17 @@ class Study:
     seed: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stream:
-    """One long measurement, a number for each response: exact KL, k1, tokens, and the prompt that it answers."""
-
-    kl: Tensor
-    k1: Tensor
-    length: Tensor
-    prompt: Tensor
-
-    def intervals(self, start: int, stop: int) -> tuple[Interval, Interval, Interval]:
-        """Of the exact KL per sequence and per token and of k1, from some of the responses."""
-        rows = slice(start, stop)
-        strata = even_strata(self.prompt[rows])
-        return (
-            mean_with_interval(self.kl[rows], strata=strata),
-            mean_with_interval(self.kl[rows], self.length[rows], strata=strata),
-            mean_with_interval(self.k1[rows], strata=strata),
-        )
+def prompts_of(case: Case, responses: int, seed: int) -> list[str]:
+    """The prompts of a long measurement."""
+    return case.pair.drawn_prompts(responses, seed=seed) if case.population else list(case.pair.prompts)
 
 
-def stream_of(case: Case, responses: int, seed: int) -> Stream:
-    """So many responses, measured as `kleash measure` measures them."""
-    pair, texts = case.pair, list(case.pair.prompts)
-    if case.population:
-        drawn = torch.randint(len(texts), (responses,), generator=generator(seed))
-        texts = [texts[number] for number in drawn.tolist()]
-    state = Measuring(
-        pair=load_pair(pair.policy, pair.reference, tokenizer=pair.tokenizer),
-        prompts=tokenized_prompts([{"prompt": text} for text in texts], pair.tokenizer),
-        plan=Plan(prompts=len(texts), samples=responses, at_most=responses, width=responses, precision=None),
-        temperature=pair.temperature,
-        sampled=True,
-        written_by_policy=True,
-        mapped=0,
-    )
-    config = RolloutConfig(max_new_tokens=pair.length, temperature=pair.temperature)
-    for numbers, rollout in sampled_batches(state, config, seed=seed):
-        state.add(numbers, rollout)
-    columns = {"kl": "kl_policy_ref", "k1": "kl_policy_ref_k1", "length": "length", "prompt": "prompt"}
-    return Stream(**{name: state.tally.column(column) for name, column in columns.items()})
-
-
-def require_what_measure_says(case: Case, stream: Stream, n: int, seed: int) -> None:
-    """The first repetition is the measurement of so many responses with this seed."""
-    pair = case.pair
-    config = MeasureConfig(samples=n, max_new_tokens=pair.length, temperature=pair.temperature, seed=seed)
-    found = measure(pair.policy, pair.reference, prompts=list(pair.prompts), config=config, tokenizer=pair.tokenizer)
-    expected = found.kl_policy_ref_per_sequence, found.kl_policy_ref_per_token, found.log_ratio_per_sequence
-    for own, other in zip(stream.intervals(0, n), expected, strict=True):
-        assert abs(own.low - other.low) + abs(own.high - other.high) < 1e-5 * max(1.0, abs(own.mean)), (own, other)
-
-
-def repetitions_of(stream: Stream, n: int, count: int) -> Iterator[tuple[Interval, Interval, Interval]]:
+def repetitions_of(stream: Stream, n: int, count: int) -> Iterator[Intervals]:
     """Intervals of one n responses after the other."""
     return (stream.intervals(start, start + n) for start in range(0, count * n, n))
 
 
-def repetitions_until(
-    case: Case, stream: Stream, until: str, count: int
-) -> Iterator[tuple[Interval, Interval, Interval]]:
+def repetitions_until(case: Case, stream: Stream, until: str, count: int) -> Iterator[Intervals]:
     """Intervals of measurements that stop by themselves, one after the other."""
     prompts = len(case.pair.prompts)
     plan = Plan(prompts=prompts, samples=FEWEST, at_most=MOST, width=64, precision=precision_from(until))
@@ -163,23 +104,13 @@ def repetitions_until(
         start += done
 
 
-def covered(intervals: list[Interval], truth: float) -> float:
-    """The share of the intervals that hold the truth."""
-    return statistics.fmean(interval.low <= truth <= interval.high for interval in intervals)
-
-
 def error(intervals: list[Interval], truth: float) -> float:
     """Mean error in units of its standard error."""
     errors = [interval.mean - truth for interval in intervals]
     return statistics.fmean(errors) / (statistics.stdev(errors) / len(errors) ** 0.5)
 
 
-def width(intervals: list[Interval]) -> float:
-    """Mean width."""
-    return statistics.fmean(interval.high - interval.low for interval in intervals)
-
-
-def row(name: str, found: list[tuple[Interval, Interval, Interval]]) -> str:
+def row(name: str, found: list[Intervals]) -> str:
     """A line of the table."""
     truth = CASES[name].pair.truth
     kl, per_token = truth.kl_policy_ref_per_sequence, truth.per_token(truth.k1)
@@ -208,13 +139,15 @@ def main(study: Study) -> None:
     for name in study.cases:
         case, seed = CASES[name], derived_seed(study.seed, name)
         if case.until is not None:
-            stream = stream_of(case, UNTIL_ABOUT * study.repetitions, seed)
+            stream = stream_of(case.pair, list(case.pair.prompts), UNTIL_ABOUT * study.repetitions, seed=seed)
             print(row(name, list(repetitions_until(case, stream, case.until, study.repetitions))), flush=True)
             continue
         for n in study.responses:
-            stream = stream_of(case, n * study.repetitions, seed)
+            stream = stream_of(
+                case.pair, prompts_of(case, n * study.repetitions, seed), n * study.repetitions, seed=seed
+            )
             if not case.population:
-                require_what_measure_says(case, stream, n, seed)
+                require_what_measure_says(case.pair, stream, n, seed=seed)
             print(row(name, list(repetitions_of(stream, n, study.repetitions))), flush=True)
 
 

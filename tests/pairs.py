@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import torch
 from exact import World, generator
@@ -11,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LETTERS = ["a", "b", "c", "d", "e", "f"]
+FOUR = ("b", "c", "b c", "d c b")
+MANY = tuple(" ".join(word) for length in (1, 2, 3) for word in product(LETTERS[1:5], repeat=length))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,11 @@ class EnumerablePair:
     @cached_property
     def world(self) -> World:
         return World(vocab=self.vocab, length=self.length, eos=0 if self.eos else None, prompts=len(self.prompts))
+
+    def drawn_prompts(self, count: int, *, seed: int) -> list[str]:
+        """Prompts as a file may have them, drawn from all of the pair's."""
+        drawn = torch.randint(len(self.prompts), (count,), generator=generator(seed))
+        return [self.prompts[number] for number in drawn.tolist()]
 
     @torch.no_grad()
     def log_probs(self, model: PreTrainedModel) -> Tensor:

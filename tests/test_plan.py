@@ -44,7 +44,8 @@ def test_with_a_precision_it_ends_at_the_first_stop_that_is_narrow_enough():
 def test_nobody_asks_before_the_first_samples_are_there():
     asked = plan(samples=64, precision=Precision(nats=0.1))
     assert stops(asked, spread=0.0)[-1] == 70
-    assert stops(plan(samples=8, prompts=10, precision=Precision(nats=0.1)), spread=0.0)[-1] == 10
+    assert stops(plan(samples=8, prompts=10, precision=Precision(nats=0.1)), spread=0.0)[-1] == 8
+    assert stops(plan(samples=64, prompts=8, width=64, precision=Precision(nats=0.1)), spread=0.0) == [8, 64]
 
 
 def test_what_never_gets_narrow_enough_ends_at_the_largest_even_number_that_is_not_above_the_limit():

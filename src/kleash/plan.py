@@ -43,7 +43,9 @@ class Plan:
         """
         if responses >= self.last or self._suffices(responses, interval):
             return responses
-        return min(next_stop(responses, self.prompts, width=self.width), self.last)
+        first = rounded_up(self.samples, self.prompts)
+        limit = min(first, self.last) if responses < first else self.last
+        return min(next_stop(responses, self.prompts, width=self.width), limit)
 
     def is_met(self, interval: Interval) -> bool:
         """Whether the interval is as narrow as asked; True where nothing was asked."""
