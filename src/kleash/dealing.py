@@ -61,20 +61,20 @@ def dealt(
     while len(numbers) < min(most, width):
         turn, place = divmod(first + len(numbers), len(prompts))
         if not numbers or place == 0:
-            order, drawn = _pass(turn, len(prompts), max_new_tokens, seed)
+            order = _order(turn, len(prompts), seed)
         longest = max(longest, len(prompts.tokens[order[place]]))
         if numbers and (len(numbers) + 1) * (longest + max_new_tokens) > tokens_at_once:
             break
         numbers.append(order[place])
-        uniforms.append(drawn[place])
+        generator = generator_for(seed, f"{PURPOSE} sampling", first + len(uniforms))
+        uniforms.append(torch.rand(max_new_tokens, dtype=torch.float64, generator=generator))
     return Deal(prompts=torch.tensor(numbers), uniforms=torch.stack(uniforms))
 
 
-def _pass(turn: int, prompts: int, time: int, seed: int) -> tuple[list[int], Tensor]:
-    """Order of the prompts in a pass, and the random numbers of its responses [prompts, time]."""
+def _order(turn: int, prompts: int, seed: int) -> list[int]:
+    """The numbers of the prompts in the order of a pass."""
     order: list[int] = torch.randperm(prompts, generator=generator_for(seed, f"{PURPOSE} order", turn)).tolist()
-    generator = generator_for(seed, f"{PURPOSE} sampling", turn)
-    return order, torch.rand((prompts, time), dtype=torch.float64, generator=generator)
+    return order
 
 
 def next_stop(responses: int, prompts: int, *, width: int) -> int:

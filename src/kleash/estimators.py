@@ -11,6 +11,7 @@ Source: Schulman 2020, http://joschu.net/blog/kl-approx.html (his q is the polic
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 
 import torch
@@ -20,6 +21,7 @@ from kleash.checks import require_between, require_mask, require_rank, require_s
 from kleash.errors import ShapeError
 from kleash.masking import masked
 
+ROUNDING = 1e-6  # of a number of degrees of freedom
 CLOSED_FORM_UP_TO = 1000  # degrees of freedom; its cost grows with them
 
 
@@ -214,9 +216,11 @@ def _within_strata(residuals: Tensor) -> tuple[float, int]:
     total = variances.sum()
     standard_error = float((total / sequences).sqrt() / strata)
     spread = variances.square().sum() / (sequences - 1)
-    return standard_error, max(1, int(total.square() / spread)) if spread > 0 else 1
+    freedom = float(total.square() / spread) if spread > 0 else 1.0
+    return standard_error, max(1, math.floor(freedom + ROUNDING))  # equal strata have a whole number of them
 
 
+@cache
 def student_quantile(probability: float, *, degrees_of_freedom: int) -> float:
     """The value that a Student-t variable stays below with the given probability (at least one half).
 

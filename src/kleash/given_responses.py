@@ -23,7 +23,7 @@ def load_responses(source: str | Path) -> tuple[list[dict[str, Any]], list[dict[
     `finished` says whether it was closed; without it every response was.
 
     Raises:
-      PromptError: no prompts, no responses, or a response that is neither.
+      PromptError: no prompts, no responses, a response that is neither, or a `finished` that is not true or false.
     """
     rows = load_prompts(source)
     column = next((name for name in COLUMNS if name in rows[0]), None)
@@ -32,7 +32,7 @@ def load_responses(source: str | Path) -> tuple[list[dict[str, Any]], list[dict[
             f"Expected a column `response` or `completion` in {source}, found {', '.join(rows[0])}; rename the column."
         )
     responses = [
-        {"text": _text(row[column], number, source), "finished": row.get("finished") is not False}
+        {"text": _text(row[column], number, source), "finished": _finished(row.get("finished", True), number, source)}
         for number, row in enumerate(rows, 1)
     ]
     return [{"prompt": row["prompt"]} for row in rows], responses
@@ -49,18 +49,28 @@ def _text(response: object, number: int, source: str | Path) -> str:
     return text
 
 
-def tokenized_responses(responses: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of each response, closed with EOS where it was finished.
+def _finished(value: object, number: int, source: str | Path) -> bool:
+    if value not in (True, False):
+        raise PromptError(
+            f"Expected true or false as `finished` of row {number} in {source}, found {value!r}; mend it, or leave the "
+            "column out if every response was closed."
+        )
+    return bool(value)
+
+
+def tokenized_responses(
+    responses: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, eos_token_ids: list[int]
+) -> list[list[int]]:
+    """The tokens of each response, closed with EOS where it was finished and does not close itself.
 
     Raises:
       PromptError: a response without a single token.
     """
-    eos = tokenizer.eos_token_id
     found = []
     for number, response in enumerate(responses, 1):
         tokens: list[int] = list(tokenizer(response["text"], add_special_tokens=False)["input_ids"])
-        if response["finished"] and tokens[-1:] != [eos]:
-            tokens.append(eos)
+        if response["finished"] and not set(tokens[-1:]) & set(eos_token_ids):
+            tokens.append(tokenizer.eos_token_id)
         if not tokens:
             raise PromptError(f"Expected a response of at least one token, found none in row {number}; drop the row.")
         found.append(tokens)
@@ -87,7 +97,9 @@ def given_rollouts(
     width: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Rollout]]:
-    """The numbers of the rows and their rollout, batch by batch; rollout_logprobs are 0, since nobody drew a token.
+    """The numbers of the prompts and their rollout, batch by batch; rollout_logprobs are 0, since nobody drew a token.
+
+    Rows with one and the same prompt have the number of the first of them.
 
     Args:
       prompts, responses: row by row.
@@ -97,6 +109,7 @@ def given_rollouts(
       width: most rows at once.
       device: where the models are.
     """
+    numbers = _numbers_of_equals(prompts)
     start = 0
     while start < len(responses):
         stop, widest, longest = start, 0, 0
@@ -107,10 +120,16 @@ def given_rollouts(
             stop += 1
         rows = prompts.rows(start, stop).tokens
         yield (
-            torch.arange(start, stop),
+            torch.tensor(numbers[start:stop]),
             _rollout(rows, responses[start:stop], tokenizer, eos_token_ids=eos_token_ids, device=device),
         )
         start = stop
+
+
+def _numbers_of_equals(prompts: Prompts) -> list[int]:
+    """For each row the first row whose prompt has the same tokens."""
+    first: dict[tuple[int, ...], int] = {}
+    return [first.setdefault(tuple(tokens), row) for row, tokens in enumerate(prompts.tokens)]
 
 
 def _rollout(

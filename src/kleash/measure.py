@@ -11,19 +11,21 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
+from kleash.batch import Prompts
 from kleash.errors import ConfigError
 from kleash.given_responses import load_responses, tokenized_responses
 from kleash.measured import MeasuredDrift, measured_drift
 from kleash.measuring import Measuring, given_batches, sampled_batches
-from kleash.pair import ModelOrPath, load_pair, name_of
+from kleash.pair import ModelOrPath, load_pair, name_of, training_modes_kept
 from kleash.plan import Plan
-from kleash.precision import precision_from
+from kleash.precision import Precision, precision_from
 from kleash.progress import MeasureProgress, silent_libraries
 from kleash.prompts import load_prompts, require_prompts, tokenized_prompts
 from kleash.rollout import RolloutConfig
 from kleash.version import VERSION
 
-SAMPLES, FEWEST = 512, 64
+SAMPLES, FEWEST, MOST = 512, 64, 65536
+NEW_TOKENS = 128
 
 
 class MeasureConfig(BaseModel):
@@ -36,10 +38,10 @@ class MeasureConfig(BaseModel):
     whether the interval is narrow enough, 64."""
     until: str | None = None
     """Sample until the 95 % interval of the exact KL is that narrow: ±0.05 nats per sequence, or 5% of the KL."""
-    at_most: int = Field(65536, ge=1)
-    """Responses at which `until` gives up."""
-    max_new_tokens: int = Field(128, ge=1)
-    """A response is cut there."""
+    at_most: int | None = Field(None, ge=1)
+    """Responses at which `until` gives up. Null = 65536."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """A response is cut there. Null = 128, or what the models' context leaves after the longest prompt."""
     temperature: float = Field(1.0, ge=1e-3, le=1e3)
     """Of policy and reference."""
     written_by_policy: bool = False
@@ -91,27 +93,32 @@ def measure(
     """
     config = config or MeasureConfig()
     _require_one_source(prompts, responses, config)
-    with silent_libraries(), MeasureProgress(quiet=quiet) as progress:
+    precision = None if config.until is None else precision_from(config.until)
+    rows, given = (_rows(prompts), None) if responses is None else load_responses(responses)
+    modes = training_modes_kept(policy, reference)
+    with silent_libraries(), modes, MeasureProgress(quiet=quiet) as progress:
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         pair = load_pair(policy, reference, tokenizer=tokenizer, pad_token=pad_token, dtype=dtype)
-        rows, given = (_rows(prompts), None) if responses is None else load_responses(responses)
         state = Measuring(
             pair=pair,
             prompts=tokenized_prompts(rows, pair.tokenizer),
-            plan=_plan(config, prompts=len(rows), given=given is not None),
+            plan=_plan(config, precision, prompts=len(rows), given=given is not None),
             temperature=config.temperature,
             sampled=given is None,
             written_by_policy=given is None or config.written_by_policy,
             mapped=mapped,
         )
         if given is None:
-            rollout = RolloutConfig(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+            limit = config.max_new_tokens or _room(state.prompts, pair.context)
+            rollout = RolloutConfig(max_new_tokens=limit, temperature=config.temperature)
             batches = sampled_batches(state, rollout, seed=config.seed)
         else:
-            batches = given_batches(state, tokenized_responses(given, pair.tokenizer))
+            limit = None
+            batches = given_batches(state, tokenized_responses(given, pair.tokenizer, eos_token_ids=pair.eos_token_ids))
         for numbers, answers in batches:
             state.add(numbers, answers)
             progress.show(state.tally.responses, state.interval if state.is_even else None, expected=state.expected)
+    narrow_enough = state.plan.is_met(state.interval)
     settings = {
         "version": VERSION,
         "policy": name_of(policy),
@@ -119,28 +126,21 @@ def measure(
         "prompts": "given as a list" if isinstance(prompts, list) else str(prompts or responses),
         "responses": None if responses is None else str(responses),
         "written_by_policy": state.written_by_policy,
-        "max_new_tokens": config.max_new_tokens if given is None else None,
+        "max_new_tokens": limit,
         **config.model_dump(include={"temperature", "until", "seed", "dtype"}),
+        "until_reached": None if config.until is None else narrow_enough,
         "device": str(pair.device),
     }
-    return measured_drift(
-        state.tally,
-        state.prompts,
-        settings,
-        strata=state.strata,
-        token_maps=state.maps,
-        narrow_enough=state.plan.is_met(state.interval),
-    )
+    return measured_drift(state.tally, state.prompts, settings, token_maps=state.maps, narrow_enough=narrow_enough)
 
 
-def _plan(config: MeasureConfig, *, prompts: int, given: bool) -> Plan:
+def _plan(config: MeasureConfig, precision: Precision | None, *, prompts: int, given: bool) -> Plan:
     """When to stop: after all that was given, or as configured."""
-    precision = None if config.until is None else precision_from(config.until)
     usual = SAMPLES if precision is None else FEWEST
     return Plan(
         prompts=prompts,
         samples=prompts if given else config.samples or usual,
-        at_most=config.at_most,
+        at_most=config.at_most or MOST,
         width=config.batch,
         precision=precision,
     )
@@ -155,11 +155,18 @@ def _require_one_source(prompts: object, responses: object, config: MeasureConfi
         raise ConfigError(
             "Expected written_by_policy with given responses, found none; leave it out: sampled ones are."
         )
-    for name in ("samples", "until"):
+    for name in ("samples", "until", "max_new_tokens"):
         if responses is not None and getattr(config, name) is not None:
             raise ConfigError(f"Expected {name} with prompts to answer, found given responses; leave it out.")
+    if config.at_most is not None and config.until is None:
+        raise ConfigError("Expected at_most with until, found it alone; say samples for a number of responses.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("Expected one process, found several; measure without a launcher.")
+
+
+def _room(prompts: Prompts, context: int | None) -> int:
+    """The usual limit of a response, or what the models' context leaves after the longest prompt."""
+    return NEW_TOKENS if context is None else max(1, min(NEW_TOKENS, context - max(map(len, prompts.tokens))))
 
 
 def _rows(prompts: list[str] | list[dict[str, Any]] | str | Path | None) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kleash.batch import Prompts
 from kleash.drift_map import rounded
@@ -44,7 +43,6 @@ def measured_drift(
     prompts: Prompts,
     settings: dict[str, Any],
     *,
-    strata: Tensor | None,
     token_maps: list[dict[str, Any]],
     narrow_enough: bool,
 ) -> MeasuredDrift:
@@ -54,9 +52,9 @@ def measured_drift(
       tally: over all responses.
       prompts: all that may have been answered.
       settings: what goes into the figures as it is; `written_by_policy` among it.
-      strata: the prompt of each response where every prompt has several, as many as any other; else None.
       token_maps, narrow_enough: see MeasuredDrift.
     """
+    strata = tally.strata
     intervals = {
         "kl_policy_ref_per_sequence": tally.interval("kl_policy_ref", strata=strata),
         "log_ratio_per_sequence": tally.interval("kl_policy_ref_k1", strata=strata),

@@ -58,15 +58,9 @@ class Measuring:
         return not self.sampled or is_even(self.tally.responses, len(self.prompts))
 
     @property
-    def strata(self) -> Tensor | None:
-        """The prompt of each response where every prompt has several, as many as any other; else None."""
-        several = self.sampled and self.is_even and self.tally.responses > len(self.prompts)
-        return self.tally.column("prompt") if several else None
-
-    @property
     def interval(self) -> Interval:
         """The exact KL per sequence so far."""
-        return self.tally.interval("kl_policy_ref", strata=self.strata)
+        return self.tally.interval("kl_policy_ref", strata=self.tally.strata)
 
     @property
     def expected(self) -> int:

@@ -73,6 +73,8 @@ def why_not(source: str | Path, error: Exception) -> str:
 
 def tokenizer_beside(source: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved beside a model; None if there is none, as for a model built in memory (an empty source)."""
+    if not str(source):  # transformers would look in the working directory
+        return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):

@@ -1,5 +1,7 @@
 """A policy and the reference that it is measured to, over one vocabulary, loaded and held against each other."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kleash.errors import ModelError
 from kleash.language_model import LanguageModel, language_models
 from kleash.models import (
     causal_model,
@@ -72,7 +75,10 @@ def load_pair(
     Raises:
       ModelError: nothing loadable there, no tokenizer, or other tokens in the two, with the first that differs.
     """
-    words = tokenizer or load_tokenizer(_source_of(policy), pad_token=pad_token)
+    source = _source_of(policy)
+    if tokenizer is None and not str(source):
+        raise ModelError("Expected a tokenizer for a policy in memory, found none; give one.")
+    words = tokenizer or load_tokenizer(source, pad_token=pad_token)
     require_special_tokens(words)
     place = device or torch.accelerator.current_accelerator() or torch.device("cpu")
     models = [_model(policy, "policy", dtype, place), _model(reference, "reference", dtype, place)]
@@ -80,6 +86,18 @@ def load_pair(
     require_same_vocabulary(words, _source_of(reference), models[1], width)
     pair = language_models(*models, vocab=shared_vocabulary(*models))
     return Pair(policy=pair[0], reference=pair[1], tokenizer=words, eos_token_ids=eos_token_ids(models[0], words))
+
+
+@contextmanager
+def training_modes_kept(*models: ModelOrPath) -> Iterator[None]:
+    """Afterwards dropout is on or off as it was before, in every module of the models that were given as such."""
+    given = [model for model in models if not isinstance(model, str | Path)]
+    modes = [(module, module.training) for model in given for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _model(given: ModelOrPath, role: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

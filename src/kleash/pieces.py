@@ -7,7 +7,6 @@ several tokens. So a token is read behind an ordinary one, and what the two say 
 from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"  # what decoding gives for the bytes of a character that is not complete
-LONGEST_CHARACTER = 4  # tokens: UTF-8 has no character of more bytes
 
 
 class Pieces:
@@ -34,20 +33,20 @@ class Pieces:
     def of_response(self, tokens: list[int]) -> list[str]:
         """What each token adds; the pieces together are the response.
 
-        A token that ends within a character adds nothing: the last token of the character adds it whole.
+        A token that ends within a character adds what is complete: the last token of the character adds it whole.
         """
         pieces: list[str] = []
-        known, pending = self._before, list[int]()
+        known, pending, shown = self._before, list[int](), 0
         for token in tokens:
             pending = [*pending, token]
             text = self._added(known, pending)
-            if text.endswith(UNFINISHED) and len(pending) < LONGEST_CHARACTER:
-                pieces.append("")
-                continue
-            pieces.append(text)
-            known, pending = pending, []
+            complete = text.rstrip(UNFINISHED)
+            pieces.append(complete[shown:])
+            shown = len(complete)
+            if complete == text:
+                known, pending, shown = pending, [], 0
         if pending:
-            pieces[-1] = self._added(known, pending)
+            pieces[-1] += self._added(known, pending)[shown:]
         return pieces
 
     def _added(self, before: list[int], tokens: list[int]) -> str:

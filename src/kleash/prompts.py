@@ -143,7 +143,8 @@ def require_room(prompts: Prompts, *, max_new_tokens: int, context: int | None) 
         length, number = max(too_long)
         raise PromptError(
             f"Expected prompts of at most {room} tokens (context {context} less max_new_tokens {max_new_tokens}), "
-            f"found {len(too_long)} longer ones, the longest in row {number} with {length}; shorten or drop them."
+            f"found {len(too_long)} longer ones, the longest in row {number} with {length}; shorten or drop them, or "
+            "lower max_new_tokens."
         )
 
 

@@ -45,6 +45,11 @@ class Tally:
         """[responses] a number of each response, float64 (int64 for `prompt`)."""
         return torch.cat(self.columns[name])
 
+    @property
+    def strata(self) -> Tensor | None:
+        """The prompt of each response where every prompt has several, as many as any other; else None."""
+        return even_strata(self.column("prompt"))
+
     def add(self, prompts: Tensor, rollout: Rollout, reading: Reading, tokens: TokenFigures) -> None:
         """Add a batch of responses.
 
@@ -56,9 +61,10 @@ class Tally:
         mask = rollout.response_mask
         for place in top_tokens(tokens, self.tokenizer):
             self.places.append({**place, "sequence": place["sequence"] + self.responses})
-        ordered = sorted(self.places, key=lambda place: float(place["kl_policy_ref"]))  # of one token the largest stays
-        largest = {place["token_id"]: place for place in ordered}
-        self.places = sorted(largest.values(), key=lambda place: -float(place["kl_policy_ref"]))[:LISTED]
+        largest: dict[int, dict[str, Any]] = {}
+        for place in sorted(self.places, key=_largest_first):
+            largest.setdefault(place["token_id"], place)
+        self.places = list(largest.values())[:LISTED]
         k1 = kl_policy_ref_per_token_k1(reading.policy_logprobs, reading.ref_logprobs, mask)
         numbers = {
             "kl_policy_ref": per_sequence(reading.kl_policy_ref_per_token.double(), mask),
@@ -126,15 +132,44 @@ class Tally:
         return [] if self.types is None else drifted_tokens(self.types, self.responses, self.tokenizer)
 
     def convergence(self) -> list[dict[str, Any]]:
-        """The exact estimate and k1 after so many responses, evenly spaced in the logarithm of their number."""
-        n, columns = self.responses, {"exact": self.column("kl_policy_ref"), "k1": self.column("kl_policy_ref_k1")}
+        """The exact estimate and k1 after so many responses, evenly spaced in the logarithm of their number.
+
+        Where every prompt has several responses, the numbers are whole passes over the prompts beyond the first one.
+        """
+        n, strata = self.responses, self.strata
+        columns = {"exact": self.column("kl_policy_ref"), "k1": self.column("kl_policy_ref_k1")}
         steps = range(CONVERGENCE_POINTS)
-        counts = sorted({max(2, round(2 * (n / 2) ** (step / (CONVERGENCE_POINTS - 1)))) for step in steps})
+        counts = {max(2, round(2 * (n / 2) ** (step / (CONVERGENCE_POINTS - 1)))) for step in steps}
+        if strata is not None:
+            each_pass = len(torch.unique(strata))
+            counts = {count if count <= each_pass else count // each_pass * each_pass for count in counts}
         return [
-            {"n": count, **{name: as_json(mean_with_interval(x[:count]), n=False) for name, x in columns.items()}}
-            for count in counts
+            {"n": count, **{name: _after(count, x, strata) for name, x in columns.items()}}
+            for count in sorted(counts)
             if count <= n
         ]
+
+
+def _after(count: int, values: Tensor, strata: Tensor | None) -> dict[str, Any]:
+    """The mean of the first values, with the interval that they have."""
+    known = None if strata is None else even_strata(strata[:count])
+    return as_json(mean_with_interval(values[:count], strata=known), n=False)
+
+
+def even_strata(prompts: Tensor) -> Tensor | None:
+    """[responses] the prompts themselves if each stands equally often and at least twice; else None.
+
+    >>> even_strata(torch.tensor([3, 1, 1, 3])), even_strata(torch.tensor([3, 1, 1])), even_strata(torch.tensor([3, 1]))
+    (tensor([3, 1, 1, 3]), None, None)
+    """
+    counts = torch.unique(prompts, return_counts=True)[1]
+    fewest, most = int(counts.min()), int(counts.max())
+    return prompts if fewest == most and fewest > 1 else None
+
+
+def _largest_first(place: dict[str, Any]) -> tuple[float, int, int]:
+    """The order of places by their KL; of equal ones the first response comes first."""
+    return -float(place["kl_policy_ref"]), place["sequence"], place["position"]
 
 
 def _at_position(count: int, total: float, squares: float) -> dict[str, float | None]:
