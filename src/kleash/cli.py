@@ -252,8 +252,9 @@ def _one_sentence_for_bad_values() -> Iterator[None]:
 
 
 def _measure(words: list[str]) -> int:
-    from kleash.measure import MeasureConfig, measure
+    from kleash.measure import MeasureConfig, measure, require_one_process
 
+    require_one_process()
     asked = _measure_arguments(words, MeasureConfig)
     from rich.console import Console
 

@@ -158,6 +158,10 @@ def _require_one_source(prompts: object, responses: object, config: MeasureConfi
     for name in ("samples", "until"):
         if responses is not None and getattr(config, name) is not None:
             raise ConfigError(f"Expected {name} with prompts to answer, found given responses; leave it out.")
+
+
+def require_one_process() -> None:
+    """Raise ConfigError under a launcher of several processes, each of which would measure the same."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("Expected one process, found several; measure without a launcher.")
 
