@@ -5,6 +5,7 @@ OUTPUT_DIR/drift_reference.safetensors  the start of what learns, where the refe
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ class DriftRecord:
 
     def keep(self, start: dict[str, Tensor]) -> None:
         """Save what learns as it is at the start, from which a resumed run makes its reference again."""
-        save_file({name: tensor.cpu().contiguous() for name, tensor in start.items()}, self.reference_file)
+        partial = self.reference_file.with_name(f".{self.reference_file.name}.partial")
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in start.items()}, partial)
+        os.replace(partial, self.reference_file)
 
     def kept(self) -> dict[str, Tensor]:
         """What `keep` saved.
