@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import subprocess
 import sys
@@ -326,6 +327,47 @@ def test_only_the_first_process_measures(start, tmp_path):
     callback.on_step_end(trainer.args, trainer.state, trainer.control)
     assert callback.reference is None
     assert not (tmp_path / "drift.jsonl").exists()
+
+
+TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+import test_trl
+trainer = test_trl.supervised(Path(sys.argv[1]), test_trl.loaded(Path(sys.argv[2])))
+if sys.argv[3] == "watched":
+    test_trl.with_drift(trainer)
+test_trl.train(trainer)
+assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+if os.environ["RANK"] == "0":
+    print("weights", test_trl.fingerprint(trainer.model))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_without_the_callback_and_write_one_record(start: Path, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(TWO_PROCESSES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    weights = []
+    for name in ("watched", "unwatched"):
+        done = subprocess.run(
+            [*launcher, str(tmp_path / "job.py"), str(tmp_path / name), str(start), name],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        )
+        weights += [line for line in done.stdout.splitlines() if line.startswith("weights")]
+    assert len(weights) == 2
+    assert weights[0] == weights[1]
+    record = [json.loads(line) for line in (tmp_path / "watched" / "drift.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in record] == [0, 2, 3]
+    assert kl_of(record[0]) == 0
+    assert kl_of(record[-1]) > 0.05
 
 
 def resumed(out: Path, policy: torch.nn.Module, step: int, **callback: object) -> Trainer:
