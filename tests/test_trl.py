@@ -192,6 +192,13 @@ def test_the_trainers_log_has_the_figures_under_the_names_of_the_glossary(watche
         assert sum(parts) == pytest.approx(exact["mean"], rel=1e-4)
 
 
+def test_a_run_without_checkpoints_keeps_no_start_nor_does_one_with_a_given_reference(watched, start, tmp_path):
+    assert [file.name for file in Path(watched.args.output_dir).glob("drift*")] == ["drift.jsonl"]
+    trainer = supervised_with_saves(tmp_path, loaded(start))
+    begin(trainer, config=CONFIG, reference=start)
+    assert [file.name for file in tmp_path.glob("drift*")] == ["drift.jsonl"]
+
+
 def test_training_ends_at_the_same_weights_bit_for_bit_as_without_the_callback(watched, unwatched):
     assert fingerprint(watched.model) == fingerprint(unwatched.model)
 
@@ -225,6 +232,20 @@ def test_a_view_has_the_models_weights_and_leaves_its_modes_gradients_and_forwar
     assert policy.forward == forward
     assert view.config.use_cache != policy.config.use_cache
     assert isinstance(linear_head_of(view), LinearHead)
+
+
+def test_a_view_looks_into_the_wrappers_of_processes_and_compilers(start):
+    policy = loaded(start)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(policy)
+    finally:
+        torch.distributed.destroy_process_group()
+    compiled = torch.nn.Module()
+    compiled._orig_mod = policy  # as torch.compile holds it
+    for model in (wrapped, compiled):
+        assert type(view_of(model)) is type(policy)
+        assert next(view_of(model).parameters()) is next(policy.parameters())
 
 
 def test_generators_draw_after_a_measurement_what_they_would_have_drawn_without_it():
