@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from kleash.measurement import MeasureConfig, measure
 from pairs import FOUR, MANY, EnumerablePair
 from pydantic import ValidationError
 from stream import covered, require_what_measure_says, stream_of, width
 from tiny import LIVELY, PROMPTS, WORDS, tiny_policy, tiny_tokenizer
 
 from kleash.errors import ConfigError, ModelError, NonFiniteError, PromptError
-from kleash.measure import MeasureConfig, measure
 from kleash.measured import MeasuredDrift
 
 INTERVALS = [
