@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from kleash.measurement import MeasureConfig, measure
 from pairs import EnumerablePair
 from torch import Tensor
 
 from kleash.estimators import Interval, mean_with_interval
+from kleash.measurement import MeasureConfig, measure
 from kleash.measuring import Measuring, sampled_batches
 from kleash.pair import load_pair
 from kleash.plan import Plan

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kleash.measurement import MeasureConfig, measure
 from pairs import FOUR, MANY, EnumerablePair
 from pydantic import ValidationError
 from stream import covered, require_what_measure_says, stream_of, width
@@ -15,6 +14,7 @@ from tiny import LIVELY, PROMPTS, WORDS, tiny_policy, tiny_tokenizer
 
 from kleash.errors import ConfigError, ModelError, NonFiniteError, PromptError
 from kleash.measured import MeasuredDrift
+from kleash.measurement import MeasureConfig, measure
 
 INTERVALS = [
     "kl_policy_ref_per_sequence",

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from kleash.measurement import MeasureConfig, measure
 from peft import LoraConfig, get_peft_model
 from test_floors import imported
 from tiny import LIVELY, PROMPTS, tiny_policy, tiny_tokenizer
@@ -28,6 +27,7 @@ from kleash.integrations.randomness import untouched_generators
 from kleash.integrations.trl import DriftCallback
 from kleash.integrations.view import view_of
 from kleash.linear_head import LinearHead, linear_head_of
+from kleash.measurement import MeasureConfig, measure
 from kleash.models import adapter_name, fingerprint
 from kleash.reference import frozen_copy
 
