@@ -327,6 +327,16 @@ def test_without_a_config_each_prompt_is_answered_once_as_the_trainer_samples(st
     assert with_drift(trainer, config=None).config == MeasureConfig(samples=8)
 
 
+def test_the_last_checkpoint_knows_the_last_measurement(start, tmp_path):
+    trainer = supervised_with_saves(tmp_path, loaded(start))
+    with_drift(trainer, every=3)
+    train(trainer)
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    rows = [row for row in state["log_history"] if "kl_policy_ref_per_sequence" in row]
+    assert [row["step"] for row in rows] == [0, 3, 4]
+    assert rows[-1]["kl_policy_ref_per_sequence"] == kl_of(lines(trainer)[-1])
+
+
 def test_a_run_that_another_callback_ends_is_measured_at_its_end(start, tmp_path):
     class Ends(TrainerCallback):
         def on_step_end(self, args, state, control, **of_trainer):
