@@ -282,9 +282,9 @@ def _measure_arguments(words: list[str], keys: type) -> Any:
     class MeasureArguments:
         """Arguments of `kleash measure`."""
 
-        policy: tyro.conf.Positional[str]
+        policy: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="POLICY")]
         """The model in question: a checkpoint's directory or hub name, or an adapter's directory."""
-        reference: tyro.conf.Positional[str]
+        reference: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REFERENCE")]
         """What its drift is measured to, mostly the model that it started from; the same forms."""
         prompts: str | None = None
         """What the policy answers: a jsonl, json, parquet or csv file, or a data set's name, with a column `prompt`."""
@@ -348,6 +348,7 @@ def _measure(words: list[str]) -> int:
     )
     Console(highlight=False).print(readout(measured))
     if asked.json is not None:
+        asked.json.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(asked.json, json.dumps(measured.figures, ensure_ascii=False, indent=1) + "\n")
         print(f"\nfigures  {asked.json}")
     if asked.out is not None:
@@ -469,12 +470,12 @@ def _print_sweep(result: Any, json_file: Path | None) -> None:
     """The table and the places of what was written; the same JSON also where the caller wants it."""
     from rich.console import Console
 
-    from kleash.run_directory import require_place_for, write_atomically
+    from kleash.run_directory import write_atomically
     from kleash.sweep import table_of
 
     Console(highlight=False, width=WIDEST).print(table_of(result))
     if json_file is not None:
-        require_place_for(json_file)
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(json_file, result.json.read_text(encoding="utf-8"))
     print(f"\nsweep   {json_file or result.json}" + (f"\nreport  {result.report}" if result.report else ""))
 

@@ -112,19 +112,12 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def require_place_for(file: Path) -> None:
-    """Raise RunDirectoryError unless a file can be written there; missing directories above it are made."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"Expected to write to {file}, found {error.strerror or error}; choose another place."
-        ) from error
+    """Raise RunDirectoryError unless a file, and the directories above it, can be made there; nothing is made."""
     if file.is_dir():
         raise RunDirectoryError(f"Expected a file to write, found the directory {file}; name a file in it.")
-    if not os.access(file.parent, os.W_OK):
-        raise RunDirectoryError(
-            f"Expected to write to {file}, found that nothing may be written there; choose another."
-        )
+    above = next(directory for directory in file.absolute().parents if directory.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise RunDirectoryError(f"Expected to write to {file}, found that {above} takes none; choose another place.")
 
 
 def write_atomically(path: Path, text: str) -> None:
