@@ -1,6 +1,7 @@
 """One-token estimates against enumerated expectations, known tables and one another; intervals against Student's."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from exact import World, generator, gradient, markov_sum_moments, one_token
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kleash.estimators
 from kleash.divergence import kl_divergence, kl_policy_ref_per_token
 from kleash.errors import ShapeError, ValueRangeError
 from kleash.estimators import (
@@ -445,3 +447,130 @@ def test_the_average_of_the_one_token_estimate_errs_by_its_spread_over_the_root_
     errors = per_sequence(k1, world.response_mask)[drawn].reshape(500, n).mean(1) - world.sequence_kl(policy, ref)
     expected = (world.variance(policy, k1.sum(1)) / n).sqrt()
     assert float(errors.square().mean().sqrt()) == pytest.approx(float(expected), rel=0.1)
+
+
+# --- intervals whose prompts are given
+
+
+def by_hand(values: list[list[float]]) -> tuple[float, float, float]:
+    """Mean, standard error and Satterthwaite's degrees of freedom of strata, written out."""
+    strata, m = len(values), len(values[0])
+    means = [sum(row) / m for row in values]
+    variances = [sum((x - mean) ** 2 for x in row) / (m - 1) for row, mean in zip(values, means, strict=True)]
+    parts = [variance / (strata**2 * m) for variance in variances]
+    freedom = sum(parts) ** 2 / sum(part**2 / (m - 1) for part in parts)
+    return sum(means) / strata, math.sqrt(sum(parts)), freedom
+
+
+STRATA = [[1.0, 2.0, 4.0], [10.0, 10.5, 9.0], [5.0, 5.0, 5.3]]
+
+
+def test_an_interval_over_strata_by_hand():
+    mean, standard_error, freedom = by_hand(STRATA)
+    assert 3 < freedom < 4
+    interval = mean_with_interval(torch.tensor(STRATA).flatten(), strata=torch.tensor([7, 2, 5]).repeat_interleave(3))
+    half_width = student_quantile(0.975, degrees_of_freedom=3) * standard_error
+    assert (interval.mean, interval.n) == (pytest.approx(mean), 9)
+    assert interval.high - interval.mean == pytest.approx(half_width, rel=1e-6)
+    assert interval.mean - interval.low == pytest.approx(half_width, rel=1e-6)
+
+
+def test_the_order_of_the_sequences_does_not_matter_where_their_strata_go_with_them():
+    values, strata = torch.tensor(STRATA).double().flatten(), torch.arange(3).repeat_interleave(3)
+    order = torch.randperm(9, generator=generator(0))
+    plain, shuffled = mean_with_interval(values, strata=strata), mean_with_interval(values[order], strata=strata[order])
+    assert (shuffled.low, shuffled.high) == (pytest.approx(plain.low), pytest.approx(plain.high))
+
+
+@pytest.mark.parametrize("n", [4, 31, 32, 257])
+def test_whatever_the_values_one_stratum_is_the_plain_interval(n):
+    """Its degrees of freedom are n - 1 and not one less for want of the last bit."""
+    for values in torch.randn(50, n, dtype=torch.float64, generator=generator(n)):
+        found, plain = mean_with_interval(values, strata=torch.zeros(n).long()), mean_with_interval(values)
+        assert found.high - found.low == pytest.approx(plain.high - plain.low, rel=1e-9)
+
+
+def test_one_stratum_is_the_plain_interval_and_equal_strata_have_all_degrees_of_freedom():
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    assert mean_with_interval(values, strata=torch.zeros(4).long()) == mean_with_interval(values)
+    pairs = torch.tensor([0.0, 1.0, 10.0, 11.0, 20.0, 21.0])
+    interval = mean_with_interval(pairs, strata=torch.arange(3).repeat_interleave(2))
+    standard_error = math.sqrt(3 * 0.5 / (9 * 2))
+    assert interval.high - interval.mean == pytest.approx(3.182446 * standard_error, rel=1e-6)
+
+
+def test_what_differs_between_prompts_alone_has_no_width_once_the_prompts_are_given():
+    values, strata = torch.tensor([1.0, 5.0, 1.0, 5.0]), torch.tensor([0, 1, 0, 1])
+    interval = mean_with_interval(values, strata=strata)
+    assert (interval.low, interval.mean, interval.high) == (3, 3, 3)
+    plain = mean_with_interval(values)
+    assert plain.high - plain.low > 7
+
+
+def test_a_mean_per_token_over_strata_takes_its_spread_from_the_residuals_within_them():
+    sums, lengths = torch.tensor([1.0, 5.0, 9.0, 3.0]), torch.tensor([1, 3, 2, 2])
+    interval = mean_with_interval(sums, lengths, strata=torch.tensor([0, 0, 1, 1]))
+    ratio = 18 / 8
+    residuals = [[(x - ratio * n) / 2 for x, n in rows] for rows in ([(1, 1), (5, 3)], [(9, 2), (3, 2)])]
+    _, standard_error, freedom = by_hand(residuals)
+    assert interval.mean == ratio
+    expected = student_quantile(0.975, degrees_of_freedom=max(1, int(freedom))) * standard_error
+    assert interval.high - interval.mean == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_variance_that_strata_leave_is_the_enumerated_one():
+    """Mean over repetitions of the squared standard error against the true variance of the mean, prompts given."""
+    world = World(vocab=3, length=2, prompts=4)
+    logits = world.random_logits(2)
+    quantity = world.token_logprobs(logits).sum(1) * torch.tensor([1.0, 3.0, 0.2, 2.0])[world.prompt_of]
+    each = [world.sequence_logprobs(logits).exp() * (world.prompt_of == number) for number in range(4)]
+    variances = [float((p * (quantity - (p * quantity).sum()).square()).sum()) for p in each]
+    repetitions, m, draw = 4000, 3, generator(3)
+    drawn = torch.stack([quantity[torch.multinomial(p, repetitions * m, True, generator=draw)] for p in each])
+    drawn = drawn.view(4, repetitions, m).transpose(0, 1).flatten(1)
+    strata = torch.arange(4).repeat_interleave(m)
+    intervals = [mean_with_interval(values, strata=strata) for values in drawn]
+    true_variance = sum(variances) / (16 * m)
+    found = torch.tensor([interval.mean for interval in intervals], dtype=torch.float64).var()
+    assert float(found) == pytest.approx(true_variance, rel=0.07)
+    squares = [float((values.view(4, m).var(1)).sum() / (16 * m)) for values in drawn]
+    assert sum(squares) / repetitions == pytest.approx(true_variance, rel=0.03)
+
+
+def test_nineteen_in_twenty_intervals_over_uneven_normal_strata_hold_the_true_mean():
+    """Two responses to each prompt, and prompts of very different spread: what Satterthwaite's freedom is for."""
+    spread = torch.tensor([5.0, 1.0, 1.0, 0.3, 2.0]).repeat_interleave(2)
+    strata = torch.arange(5).repeat_interleave(2)
+    values = torch.arange(5.0).repeat_interleave(2) + spread * torch.randn(2000, 10, generator=generator(6))
+    intervals = [mean_with_interval(row, strata=strata) for row in values]
+    share = sum(interval.low < 2 < interval.high for interval in intervals) / 2000
+    assert share == pytest.approx(0.96, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("strata", "found"), [([0, 0, 0, 1], "1 to 3"), ([0, 1, 2, 3], "1 to 1"), ([0, 0, 1, 2], "1 to 2")]
+)
+def test_uneven_or_single_strata_are_refused(strata, found):
+    with pytest.raises(
+        ShapeError, match=rf"strata of one size, at least 2 sequences each, found {found}; draw as many"
+    ):
+        mean_with_interval(torch.zeros(4), strata=torch.tensor(strata))
+
+
+def test_strata_of_another_shape_are_refused():
+    with pytest.raises(ShapeError, match=r"strata \[3\]"):
+        mean_with_interval(torch.zeros(4), strata=torch.zeros(3).long())
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.75, 0.95, 0.975, 0.995, 0.99995])
+@pytest.mark.parametrize("degrees_of_freedom", [1001, 1500, 10_001])
+def test_beyond_a_thousand_degrees_the_expansion_is_the_closed_form(probability, degrees_of_freedom, monkeypatch):
+    expanded = student_quantile(probability, degrees_of_freedom=degrees_of_freedom)
+    monkeypatch.setattr(kleash.estimators, "CLOSED_FORM_UP_TO", math.inf)
+    closed = student_quantile.__wrapped__(probability, degrees_of_freedom=degrees_of_freedom)
+    assert expanded == pytest.approx(closed, abs=2e-11)
+    assert probability == 0.5 or expanded > statistics.NormalDist().inv_cdf(probability)
+
+
+def test_with_freedom_without_end_students_quantile_is_the_normal_one():
+    assert student_quantile(0.975, degrees_of_freedom=10**12) == pytest.approx(1.9599639845, abs=1e-9)

@@ -10,7 +10,7 @@ from torch import nn
 import kleash.language_model
 from kleash.batch import MicroBatch, micro_batch_of
 from kleash.language_model import LanguageModel, language_models
-from kleash.models import frozen
+from kleash.models import frozen, response_logits
 
 FIGURES = ["policy_logprobs", "policy_entropy", "ref_logprobs", "kl_policy_ref_per_token"]
 
@@ -156,3 +156,38 @@ def test_a_forbidden_token_of_the_reference_shows_as_an_infinite_kl():
         kl = policy(part, ref, temperature=1.0).kl_policy_ref_per_token
     assert kl[0, 0] == math.inf
     assert kl[part.response_mask].isfinite().sum() == int(part.response_mask.sum()) - 1
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_likeliest_tokens_are_those_of_the_full_distribution_however_few_logits_are_made_at_once(
+    linear, temperature, monkeypatch
+):
+    policy, _ = pair(linear=linear)
+    part = some_part(policy)
+    with torch.no_grad():
+        states = policy.states(part)
+        logits = response_logits(policy.model, part.sequences, part.attention_mask, part.time)[part.response_mask]
+    expected = (logits / temperature).log_softmax(-1).topk(3)
+    for at_once in (2**23, 3 * policy.vocab, 1):
+        monkeypatch.setattr(kleash.language_model, "LOGITS_AT_ONCE", at_once)
+        tokens, logprobs = policy.most_likely(states, count=3, temperature=temperature)
+        assert torch.equal(tokens, expected.indices)
+        torch.testing.assert_close(logprobs, expected.values, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_the_likeliest_tokens_are_tokens_and_no_more_than_there_are(linear):
+    """What a head has beyond the vocabulary is padding, whatever stands in it."""
+    policy, _ = pair(linear=linear)
+    part = some_part(policy)
+    with torch.no_grad():
+        expected = policy.most_likely(policy.states(part), count=99, temperature=1.0)
+        wide = policy.model
+        wide.resize_token_embeddings(policy.vocab + 7, mean_resizing=False)
+        wide.get_output_embeddings().weight[-7:] = 100.0
+        tokens, logprobs = policy.most_likely(policy.states(part), count=99, temperature=1.0)
+    assert tokens.shape == (int(part.response_mask.sum()), policy.vocab)
+    assert torch.equal(tokens, expected[0])
+    torch.testing.assert_close(logprobs, expected[1], atol=1e-12, rtol=0)
+    torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones(len(tokens)).double(), atol=1e-12, rtol=0)

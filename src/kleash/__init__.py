@@ -49,6 +49,7 @@ _NAMES_OF = {
         "KleashWarning",
         "ModelError",
         "NonFiniteError",
+        "PreflightError",
         "PromptError",
         "RewardError",
         "RunDirectoryError",

@@ -1,5 +1,6 @@
 """The two records that travel through an update: what was asked, and what the policy answered."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,14 @@ class Prompts:
 
     def rows(self, start: int, stop: int) -> "Prompts":
         """The prompts from start to stop, like a slice of a list."""
-        columns = {name: values[start:stop] for name, values in self.columns.items()}
-        return Prompts(texts=self.texts[start:stop], tokens=self.tokens[start:stop], columns=columns)
+        return self.at(range(len(self))[start:stop])
+
+    def at(self, rows: Sequence[int]) -> "Prompts":
+        """The prompts of these rows, in their order; a row may come more than once."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        return Prompts(
+            texts=[self.texts[row] for row in rows], tokens=[self.tokens[row] for row in rows], columns=columns
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,18 @@
-"""The command line: `kleash demo`, `kleash train`, `kleash sweep`, `kleash report`.
+"""The command line: `kleash demo`, `kleash check`, `kleash train`, `kleash sweep`, `kleash report`.
 
 Exit codes: 0 done; 1 the run stopped itself; 2 bad usage or input; 130 interrupted, with a checkpoint saved.
 Results go to stdout, progress and errors to stderr.
 """
 
+import json
 import os
 import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,9 @@ USAGE = f"""\
 kleash {VERSION}: post-train a language model against a reward model, on a KL leash.
 
   kleash demo                   build a small world, train it at three leashes, write the report
+  kleash check  RUN.yaml        try a run out in seconds: PASS, WARN or FAIL, with a remedy each
   kleash train  RUN.yaml        train a policy; any key can be overridden: --leash.beta 0.05
+  kleash measure POLICY REFERENCE --prompts FILE     how far a policy has drifted, where, and give or take how much
   kleash sweep  RUN.yaml        train once per value of a key, --leash.beta 0 0.02 0.1 1, and compare
   kleash report RUN [RUN ..]    rebuild the HTML page from a run's or a sweep's records; several runs side by side
 
@@ -84,7 +87,14 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: Any, 
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {"demo": _demo, "train": _train, "sweep": _sweep, "report": _report}
+    commands = {
+        "demo": _demo,
+        "check": _check,
+        "train": _train,
+        "measure": _measure,
+        "sweep": _sweep,
+        "report": _report,
+    }
     if name not in commands:
         raise ConfigError(f"Expected a command ({', '.join(commands)}), found {name!r}; see kleash --help.")
     return commands[name]
@@ -142,6 +152,70 @@ def _demo(words: list[str]) -> int:
 
     play(asked.out, seed=asked.seed)
     return 0
+
+
+CHECK_HELP = """\
+usage: kleash check RUN.yaml [--KEY VALUE ..] [--json FILE]
+
+Try a run out before it starts: load everything, let the policy answer a few prompts, and look whether what training
+relies on holds. Each check says PASS, WARN or FAIL, what it found, and what to do. Nothing is trained and nothing is
+written into `out`. kleash train does the same first, and stops on a FAIL, unless preflight: false.
+
+  kleash check run.yaml
+  kleash check run.yaml --rollout.temperature 0.7 --json check.json
+
+A key overrides the file, as in kleash train (see kleash train --help for the keys).
+
+options:
+  --json FILE             write there: version, passed, warnings, failed, checks (name, status, found, remedy)
+  --debug                 the traceback of an error
+
+Exit codes: 0 no FAIL; 1 a FAIL; 2 bad usage, or a RUN.yaml that cannot be read.
+"""
+
+
+def _check(words: list[str]) -> int:
+    if {"-h", "--help"} & set(words) or not words:
+        print(CHECK_HELP, end="")
+        return 0 if words else 2
+    from accelerate import PartialState
+
+    from kleash.config import as_words, flags_of, read_config
+    from kleash.parts import Given
+    from kleash.progress import silent_libraries
+    from kleash.run import check_run
+
+    path, *rest = words
+    if path.startswith("-"):
+        raise ConfigError(f"Expected the run's YAML file first, found {path}; see kleash check --help.")
+    flags = list(flags_of(rest))
+    files = [texts for key, texts in flags if key == "json"]
+    if any(len(texts) > 1 for texts in files):
+        raise ConfigError(f"Expected one file for --json, found {' '.join(files[0])}; change it.")
+    config = read_config(path, as_words([(key, texts) for key, texts in flags if key != "json"]))
+    with silent_libraries():
+        checks = check_run(config, Given())
+    _part_processes()
+    if PartialState().is_main_process:
+        _print_checks(checks, Path(files[-1][0]) if files else None)
+    return int(any(check.status == "FAIL" for check in checks))
+
+
+def _print_checks(checks: Any, json_file: Path | None) -> None:
+    import json
+
+    from rich.console import Console
+
+    from kleash.preflight.table import as_json, table_of
+    from kleash.run_directory import write_atomically
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDEST)
+    with console.capture() as capture:
+        console.print(table_of(checks))
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(json_file, json.dumps(as_json(checks), indent=2) + "\n")
 
 
 def _train(words: list[str]) -> int:
@@ -203,6 +277,88 @@ def _run(config: Any, *, resume: bool, words: list[str]) -> int:
     return 130
 
 
+def _measure_arguments(words: list[str], keys: type) -> Any:
+    @dataclass(frozen=True, kw_only=True)
+    class MeasureArguments:
+        """Arguments of `kleash measure`."""
+
+        policy: tyro.conf.Positional[str]
+        """The model in question: a checkpoint's directory or hub name, or an adapter's directory."""
+        reference: tyro.conf.Positional[str]
+        """What its drift is measured to, mostly the model that it started from; the same forms."""
+        prompts: str | None = None
+        """What the policy answers: a jsonl, json, parquet or csv file, or a data set's name, with a column `prompt`."""
+        responses: str | None = None
+        """In place of prompts: such a file with columns `prompt` and `response` (or `completion`), to be scored."""
+        out: Path | None = None
+        """The HTML page to write: estimates, drift by position, class, token and prompt, and the drift map."""
+        json: Path | None = None
+        """The JSON file to write, with all figures."""
+        config: Annotated[keys, tyro.conf.arg(name="")] = field(default_factory=keys)  # type: ignore[valid-type]
+        pad_token: str | None = None
+        """Token to pad with, for a tokenizer that has none; padding is masked, so EOS will do."""
+
+    description = (
+        "How far a policy has drifted from its reference: exact KL(policy || reference) over the whole vocabulary with "
+        "a 95 % interval, in nats; and where it lies.\n\n"
+        "kleash measure runs/first/checkpoints/000100/policy path-or-name --prompts prompts.jsonl --out drift.html\n\n"
+        "Exit codes: 0 done; 1 `until` was not reached; 2 bad usage or input."
+    )
+    settings = (tyro.conf.AvoidSubcommands,)
+    with _one_sentence_for_bad_values():
+        return tyro.cli(MeasureArguments, args=words, prog="kleash measure", description=description, config=settings)
+
+
+@contextmanager
+def _one_sentence_for_bad_values() -> Iterator[None]:
+    """A value that a configuration refuses becomes a ConfigError."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "--" + ".".join(str(part) for part in first["loc"]).replace("_", "-")
+        expected = first["msg"].removeprefix("Input should be ")
+        raise ConfigError(f"Expected for {key}: {expected}, found {first['input']!r}; change it.") from error
+
+
+def _measure(words: list[str]) -> int:
+    from kleash.measure import MeasureConfig, measure
+
+    asked = _measure_arguments(words, MeasureConfig)
+    from rich.console import Console
+
+    from kleash.readout import readout
+    from kleash.run_directory import require_place_for, write_atomically
+
+    for file in filter(None, (asked.out, asked.json)):
+        require_place_for(file)
+    measured = measure(
+        asked.policy,
+        asked.reference,
+        prompts=asked.prompts,
+        responses=asked.responses,
+        config=asked.config,
+        pad_token=asked.pad_token,
+        mapped=0 if asked.out is None else RESPONSES_ON_THE_PAGE,
+        quiet=False,
+    )
+    console = Console(highlight=False)
+    console.print(readout(measured))
+    if asked.json is not None:
+        write_atomically(asked.json, json.dumps(measured.figures, ensure_ascii=False, indent=1) + "\n")
+        print(f"figures  {asked.json}")
+    if not measured.narrow_enough:
+        print(
+            f"kleash: Expected an interval of {asked.config.until}, found a wider one after "
+            f"{measured.figures['responses_count']} responses; raise --at-most, or ask for less.",
+            file=sys.stderr,
+        )
+    return 0 if measured.narrow_enough else 1
+
+
+RESPONSES_ON_THE_PAGE = 500
 WIDEST = 1000  # of a table's line; a terminal wraps it, a file keeps it whole
 SWEEP_HELP = """\
 usage: kleash sweep RUN.yaml --KEY VALUE VALUE .. [--KEY VALUE ..] [options]
@@ -310,12 +466,12 @@ def _print_sweep(result: Any, json_file: Path | None) -> None:
     """The table and the places of what was written; the same JSON also where the caller wants it."""
     from rich.console import Console
 
-    from kleash.run_directory import write_atomically
+    from kleash.run_directory import require_place_for, write_atomically
     from kleash.sweep import table_of
 
     Console(highlight=False, width=WIDEST).print(table_of(result))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
+        require_place_for(json_file)
         write_atomically(json_file, result.json.read_text(encoding="utf-8"))
     print(f"\nsweep   {json_file or result.json}" + (f"\nreport  {result.report}" if result.report else ""))
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -107,13 +108,24 @@ class TokenFigures:
         return self.classes == TOKEN_CLASSES.index(name)
 
 
+class SaidOfTokens(Protocol):
+    """What both models say of response tokens, each [batch, time] nats: see kleash.scoring and kleash.reading."""
+
+    @property
+    def policy_logprobs(self) -> Tensor: ...
+    @property
+    def ref_logprobs(self) -> Tensor: ...
+    @property
+    def kl_policy_ref_per_token(self) -> Tensor: ...
+
+
 def token_figures(
-    rollout: Rollout, scored: Scored, *, time: int, eos_token_ids: Sequence[int], special_token_ids: Sequence[int]
+    rollout: Rollout, said: SaidOfTokens, *, time: int, eos_token_ids: Sequence[int], special_token_ids: Sequence[int]
 ) -> dict[str, Tensor]:
     """The columns of TokenFigures for this process's share, padded to `time` so that all processes agree.
 
     Args:
-      rollout, scored: what was sampled, and what the models say of it.
+      rollout, said: what was sampled, and what the models say of it.
       time: the length limit of the rollout.
       eos_token_ids, special_token_ids: see token_classes.
 
@@ -126,9 +138,9 @@ def token_figures(
     return {
         "tokens": tokens,
         "response_mask": mask,
-        "policy_logprobs": _widened(scored.policy_logprobs, time),
-        "ref_logprobs": _widened(scored.ref_logprobs, time),
-        "kl_policy_ref": _widened(scored.kl_policy_ref_per_token, time),
+        "policy_logprobs": _widened(said.policy_logprobs, time),
+        "ref_logprobs": _widened(said.ref_logprobs, time),
+        "kl_policy_ref": _widened(said.kl_policy_ref_per_token, time),
         "classes": token_classes(tokens, mask, eos_token_ids=eos_token_ids, special_token_ids=special_token_ids),
         "prompt_ends": _last(rollout.sequences[:, :prompt], CONTEXT),
         "prompt_ends_mask": _last(rollout.attention_mask[:, :prompt], CONTEXT),

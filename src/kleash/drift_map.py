@@ -6,6 +6,8 @@ says whether the policy writes it more often than the reference would, or less.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ def drift_map(update: int, tokens: TokenFigures, tokenizer: PreTrainedTokenizerB
 
     by_position:    for each position that a response reaches: how many do, and the sum of their KL there / batch.
     by_class:       for each class: its tokens, its KL per sequence and per token (null without tokens).
-    top_tokens:     the positions with the largest KL, each with the token drawn there and what stood before it.
+    top_tokens:     the positions with the largest KL, one for each token that was drawn, and what stood before it.
     drifted_tokens: the token types with the largest sum of KL over the places where they were drawn.
 
     The rows of by_position, and those of by_class, add up to the record's kl_policy_ref_per_sequence. Both lists
@@ -44,8 +46,8 @@ def drift_map(update: int, tokens: TokenFigures, tokenizer: PreTrainedTokenizerB
         "update": update,
         "by_position": _by_position(tokens),
         "by_class": {name: _of_class(tokens, name) for name in TOKEN_CLASSES},
-        "top_tokens": _top_tokens(tokens, tokenizer),
-        "drifted_tokens": _drifted_tokens(tokens, tokenizer),
+        "top_tokens": top_tokens(tokens, tokenizer),
+        "drifted_tokens": drifted_tokens(type_sums(tokens), len(tokens.tokens), tokenizer),
     }
 
 
@@ -53,7 +55,7 @@ def _by_position(tokens: TokenFigures) -> list[dict[str, Any]]:
     reached = tokens.response_mask.sum(0).tolist()
     kl = (tokens.kl_policy_ref.double().sum(0) / len(tokens.tokens)).tolist()
     return [
-        {"position": t, "sequences": reached[t], "kl_policy_ref_per_sequence": _rounded(kl[t])}
+        {"position": t, "sequences": reached[t], "kl_policy_ref_per_sequence": rounded(kl[t])}
         for t in range(len(reached))
         if reached[t]
     ]
@@ -64,14 +66,27 @@ def _of_class(tokens: TokenFigures, name: str) -> dict[str, Any]:
     count, kl = int(mask.sum()), float(tokens.kl_policy_ref.double()[mask].sum())
     return {
         "tokens": count,
-        "kl_policy_ref_per_sequence": _rounded(kl / len(mask)),
-        "kl_policy_ref_per_token": _rounded(kl / count) if count else None,
+        "kl_policy_ref_per_sequence": rounded(kl / len(mask)),
+        "kl_policy_ref_per_token": rounded(kl / count) if count else None,
     }
 
 
-def _top_tokens(tokens: TokenFigures, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def top_tokens(tokens: TokenFigures, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Where the KL is largest, one place for each token: the token drawn there, what stood before it; none of KL 0."""
     time = tokens.tokens.shape[1]
-    return [_top_token(tokens, place // time, place % time, tokenizer) for place in _largest(tokens.kl_policy_ref)]
+    return [_top_token(tokens, place // time, place % time, tokenizer) for place in _largest_of_each_type(tokens)]
+
+
+def _largest_of_each_type(tokens: TokenFigures) -> list[int]:
+    """Flat places of the largest KL of each token type, the LISTED largest of them."""
+    values, order = tokens.kl_policy_ref.flatten().sort(descending=True, stable=True)
+    order = order[values > 0]
+    place_of_type: dict[int, int] = {}
+    for token, place in zip(tokens.tokens.flatten()[order].tolist(), order.tolist(), strict=True):
+        place_of_type.setdefault(token, place)
+        if len(place_of_type) == LISTED:
+            break
+    return list(place_of_type.values())
 
 
 def _top_token(tokens: TokenFigures, row: int, position: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -83,10 +98,10 @@ def _top_token(tokens: TokenFigures, row: int, position: int, tokenizer: PreTrai
         "class": TOKEN_CLASSES[int(tokens.classes[row, position])],
         "position": position,
         "sequence": row,
-        "kl_policy_ref": _rounded(float(tokens.kl_policy_ref[row, position])),
-        "policy_prob": _rounded(_exp(policy)),
-        "ref_prob": _rounded(_exp(ref)),
-        "ratio": _rounded(_exp(policy - ref)),
+        "kl_policy_ref": rounded(float(tokens.kl_policy_ref[row, position])),
+        "policy_prob": rounded(_exp(policy)),
+        "ref_prob": rounded(_exp(ref)),
+        "ratio": rounded(_exp(policy - ref)),
         "context": tokenizer.decode(_before(tokens, row, position)),
     }
 
@@ -98,21 +113,50 @@ def _before(tokens: TokenFigures, row: int, position: int) -> list[int]:
     return written[-CONTEXT:]
 
 
-def _drifted_tokens(tokens: TokenFigures, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class TypeSums:
+    """Sums over all places where a token was drawn; each [token types], float64 sums in nats."""
+
+    ids: Tensor
+    counts: Tensor
+    kl: Tensor
+    log_ratio: Tensor
+
+
+def type_sums(tokens: TokenFigures) -> TypeSums:
+    """How often each token was drawn, the KL at those places, and the sum of log policy - log reference."""
     mask = tokens.response_mask
-    types, places, counts = torch.unique(tokens.tokens[mask], return_inverse=True, return_counts=True)
-    zeros = torch.zeros(len(types), dtype=torch.float64)
-    kl = zeros.index_add(0, places, tokens.kl_policy_ref[mask].double())
-    log_ratio = zeros.index_add(0, places, (tokens.policy_logprobs.double() - tokens.ref_logprobs.double())[mask])
+    log_ratio = (tokens.policy_logprobs.double() - tokens.ref_logprobs.double())[mask]
+    ids = tokens.tokens[mask]
+    return _summed(ids, torch.ones_like(ids), tokens.kl_policy_ref[mask].double(), log_ratio)
+
+
+def joined_type_sums(parts: Sequence[TypeSums]) -> TypeSums:
+    """The sums over all parts together."""
+    columns = [torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "counts", "kl", "log_ratio")]
+    return _summed(*columns)
+
+
+def _summed(ids: Tensor, counts: Tensor, kl: Tensor, log_ratio: Tensor) -> TypeSums:
+    types, places = torch.unique(ids, return_inverse=True)
+
+    def sums(column: Tensor) -> Tensor:
+        return column.new_zeros(len(types)).index_add(0, places, column)
+
+    return TypeSums(ids=types, counts=sums(counts), kl=sums(kl), log_ratio=sums(log_ratio))
+
+
+def drifted_tokens(sums: TypeSums, sequences: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The LISTED token types with the largest sum of KL over the places where they were drawn, none whose sum is 0."""
     return [
         {
-            "token": tokenizer.decode([int(types[i])]),
-            "token_id": int(types[i]),
-            "count": int(counts[i]),
-            "kl_policy_ref_per_sequence": _rounded(float(kl[i]) / len(mask)),
-            "mean_ratio": _rounded(_exp(float(log_ratio[i] / counts[i]))),
+            "token": tokenizer.decode([int(sums.ids[i])]),
+            "token_id": int(sums.ids[i]),
+            "count": int(sums.counts[i]),
+            "kl_policy_ref_per_sequence": rounded(float(sums.kl[i]) / sequences),
+            "mean_ratio": rounded(_exp(float(sums.log_ratio[i] / sums.counts[i]))),
         }
-        for i in _largest(kl)
+        for i in _largest(sums.kl)
     ]
 
 
@@ -127,6 +171,6 @@ def _exp(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float64).exp())
 
 
-def _rounded(value: float) -> float | None:
+def rounded(value: float) -> float | None:
     """6 significant digits; None for what JSON cannot say."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

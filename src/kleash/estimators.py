@@ -11,6 +11,8 @@ Source: Schulman 2020, http://joschu.net/blog/kl-approx.html (his q is the polic
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from torch import Tensor
 from kleash.checks import require_between, require_mask, require_rank, require_same_shape
 from kleash.errors import ShapeError
 from kleash.masking import masked
+
+ROUNDING = 1e-6  # of a number of degrees of freedom
+CLOSED_FORM_UP_TO = 1000  # degrees of freedom; its cost grows with them
 
 
 def _masked_log_ratio(policy_logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> Tensor:
@@ -133,7 +138,11 @@ class Interval:
 
 
 def mean_with_interval(
-    values_per_sequence: Tensor, lengths: Tensor | None = None, *, confidence: float = 0.95
+    values_per_sequence: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    confidence: float = 0.95,
+    strata: Tensor | None = None,
 ) -> Interval:
     """Mean over sequences with Student's confidence interval, clustered by sequence.
 
@@ -142,19 +151,24 @@ def mean_with_interval(
     mean = sum x_i / sum l_i, its variance from the residuals x_i - mean * l_i. The sequence stays the
     observation in both: tokens of one response are not independent.
 
+    With `strata` (the prompt that each response answers) the prompts are given and only the responses are left to
+    chance: variance of the mean = sum_s s_s^2 / (S^2 m), s_s^2 the variance within a stratum, S strata of m sequences
+    each, with Satterthwaite's degrees of freedom. Without, the interval also covers the choice of prompts.
+
     Args:
       values_per_sequence: [batch], at least one; one value has an interval from -inf to inf.
       lengths: [batch] token counts, with a positive sum; None for a mean per sequence.
       confidence: between 0 and 1, both excluded.
+      strata: [batch] int64, each number standing equally often and at least twice; None = one stratum.
 
     Returns:
       Interval in the unit of the values (per sequence, or per token with `lengths`).
 
     Raises:
-      ShapeError: values are not [batch], are empty, or lengths have another shape.
+      ShapeError: values are not [batch], are empty, lengths or strata have another shape, or strata are uneven.
       ValueRangeError: confidence outside (0, 1), or lengths without a single token.
 
-    Source: Student 1908; Cochran 1977, ratio estimator.
+    Source: Student 1908; Satterthwaite 1946; Cochran 1977, ratio estimator and stratified sampling.
 
     >>> interval = mean_with_interval(torch.tensor([1.0, 2.0, 3.0]))
     >>> f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}] of {interval.n}"
@@ -169,27 +183,59 @@ def mean_with_interval(
     weights = torch.ones_like(values) if lengths is None else lengths.detach().double()
     require_same_shape(values_per_sequence=values, lengths=weights)
     require_between(1, math.inf, sum_of_lengths=float(weights.sum()))
+    by_stratum = None if strata is None else _sequences_by_stratum(values, strata)
     mean = float(values.sum() / weights.sum())
     if n == 1:
         return Interval(mean=mean, low=-math.inf, high=math.inf, n=n)
     residuals = (values - mean * weights) / weights.mean()
-    standard_error = float((residuals.square().sum() / (n * (n - 1))).sqrt())
-    half_width = student_quantile((1 + confidence) / 2, degrees_of_freedom=n - 1) * standard_error
+    if by_stratum is None:
+        standard_error, degrees_of_freedom = float((residuals.square().sum() / (n * (n - 1))).sqrt()), n - 1
+    else:
+        standard_error, degrees_of_freedom = _within_strata(residuals[by_stratum])
+    half_width = student_quantile((1 + confidence) / 2, degrees_of_freedom=degrees_of_freedom) * standard_error
     return Interval(mean=mean, low=mean - half_width, high=mean + half_width, n=n)
 
 
+def _sequences_by_stratum(values: Tensor, strata: Tensor) -> Tensor:
+    """[strata, sequences in each] places of the sequences."""
+    require_same_shape(values_per_sequence=values, strata=strata)
+    counts = torch.unique(strata, return_counts=True)[1]
+    fewest, most = int(counts.min()), int(counts.max())
+    if fewest != most or fewest < 2:
+        raise ShapeError(
+            f"Expected strata of one size, at least 2 sequences each, found {fewest} to {most}; draw as many responses "
+            "to every prompt, or leave strata out."
+        )
+    return torch.argsort(strata, stable=True).view(len(counts), fewest)
+
+
+def _within_strata(residuals: Tensor) -> tuple[float, int]:
+    """Standard error of the mean of [strata, sequences] and its degrees of freedom, from the spread within strata."""
+    strata, sequences = residuals.shape
+    variances = residuals.var(1)
+    total = variances.sum()
+    standard_error = float((total / sequences).sqrt() / strata)
+    spread = variances.square().sum() / (sequences - 1)
+    freedom = float(total.square() / spread) if spread > 0 else 1.0
+    return standard_error, max(1, math.floor(freedom + ROUNDING))  # equal strata have a whole number of them
+
+
+@cache
 def student_quantile(probability: float, *, degrees_of_freedom: int) -> float:
     """The value that a Student-t variable stays below with the given probability (at least one half).
 
-    Bisection on the closed form of the distribution for whole degrees of freedom.
+    Bisection on the closed form of the distribution for whole degrees of freedom; beyond 1000 of them the expansion
+    around the normal quantile x, whose next term is of the order of x^11 / degrees_of_freedom^5.
 
-    Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
+    Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4; 26.7.5.
 
     >>> round(student_quantile(0.975, degrees_of_freedom=2), 4)
     4.3027
     """
     require_between(0.5, 1 - 1e-9, probability=probability)
     require_between(1, math.inf, degrees_of_freedom=degrees_of_freedom)
+    if degrees_of_freedom > CLOSED_FORM_UP_TO:
+        return _nearly_normal_quantile(NormalDist().inv_cdf(probability), degrees_of_freedom)
     low, high = 0.0, math.pi / 2
     for _ in range(100):
         angle = (low + high) / 2
@@ -198,6 +244,17 @@ def student_quantile(probability: float, *, degrees_of_freedom: int) -> float:
         else:
             high = angle
     return math.sqrt(degrees_of_freedom) * math.tan(low)
+
+
+def _nearly_normal_quantile(x: float, degrees_of_freedom: int) -> float:
+    """Student's quantile as an expansion in 1 / degrees_of_freedom around the normal one."""
+    terms = (
+        (x**3 + x) / 4,
+        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
+        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
+    )
+    return x + math.fsum(term / degrees_of_freedom**power for power, term in enumerate(terms, 1))
 
 
 def _share_within(angle: float, degrees_of_freedom: int) -> float:

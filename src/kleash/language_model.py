@@ -21,6 +21,7 @@ from kleash.masking import unpacked
 from kleash.models import response_logits
 
 PLAIN_ROWS = 1024
+LOGITS_AT_ONCE = 2**23  # of one model, where the likeliest tokens are looked for: 32 MiB of float32
 
 Columns = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -91,7 +92,19 @@ class LanguageModel(nn.Module):
           first_ref: what else the KL is measured to, from the same forward pass.
           temperature: of all distributions.
         """
-        states, mask = self.states(part), part.response_mask
+        return self.statistics(self.states(part), part, ref, first_ref, temperature=temperature)
+
+    def statistics(
+        self,
+        states: Tensor,
+        part: MicroBatch,
+        ref: RefStates | None,
+        first_ref: RefStates | None = None,
+        *,
+        temperature: float,
+    ) -> PositionStats:
+        """What `forward` gives, from this model's states of the micro-batch: no forward pass is made."""
+        mask = part.response_mask
         logprobs, entropies, ref_logprobs, kl = self._columns(states, ref, part.responses[mask], temperature)
         first_kl = None if first_ref is None else self._columns(states, first_ref, part.responses[mask], temperature)[3]
         return PositionStats(
@@ -101,6 +114,25 @@ class LanguageModel(nn.Module):
             kl_policy_ref_per_token=None if kl is None else unpacked(kl, mask),
             kl_policy_first_ref_per_token=None if first_kl is None else unpacked(first_kl, mask),
         )
+
+    @torch.no_grad()
+    def most_likely(self, states: Tensor, *, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """The tokens that this model finds likeliest at each position, and their log-probs.
+
+        Args:
+          states: [tokens, ..] what `states` gave.
+          count: how many; fewer where the vocabulary is smaller.
+          temperature: of the distribution.
+
+        Returns:
+          ([tokens, count] int64 ids, likeliest first; [tokens, count] log-probs in nats).
+        """
+        head = None if self.linear is None else self.linear.of(self.model)
+        found = []
+        for some in torch.split(states, max(1, LOGITS_AT_ONCE // self.vocab)):
+            logits = some if head is None else head.logits(some)[:, : self.vocab]
+            found.append(full_log_probs(logits, temperature=temperature).topk(min(count, self.vocab)))
+        return torch.cat([top.indices for top in found]), torch.cat([top.values for top in found])
 
     def _columns(self, states: Tensor, ref: RefStates | None, tokens: Tensor, temperature: float) -> Columns:
         """Log-probs, entropy, the reference's log-probs, exact KL; each [tokens], the last two None without one."""

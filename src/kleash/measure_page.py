@@ -124,7 +124,7 @@ def tiles(measured: Record) -> list[tuple[str, str, str]]:
         note = (
             f"the one-token estimate; needs {round_count(need)} responses, not {count:,}, for the exact one's interval"
         )
-    own, other = estimate_of(measured, "entropy_policy_per_token"), estimate_of(measured, "entropy_ref_per_token")
+    own, other = estimate_of(measured, "policy_entropy_per_token"), estimate_of(measured, "ref_entropy_per_token")
     finished = figure_of(measured, "finished_share")
     ends = f"tokens; {finished:.0%} end by themselves" if finished is not None else "tokens"
     exact = "nats per response, KL(policy \u2016 reference)"

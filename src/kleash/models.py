@@ -73,6 +73,8 @@ def why_not(source: str | Path, error: Exception) -> str:
 
 def tokenizer_beside(source: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved beside a model; None if there is none, as for a model built in memory (an empty source)."""
+    if not str(source):  # transformers would look in the working directory
+        return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
@@ -96,20 +98,23 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def load_causal_model(source: str | Path, role: str, *, adapter_learns: bool = False) -> PreTrainedModel:
-    """A causal language model in float32 with dropout off; `role` names it in errors.
+def load_causal_model(
+    source: str | Path, role: str, *, adapter_learns: bool = False, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A causal language model with dropout off; `role` names it in errors.
 
     Args:
       source: path or hub name of a model, or the directory of an adapter, whose base is loaded with it.
       role: policy or reference, say.
       adapter_learns: whether an adapter wants gradients; its base never does.
+      dtype: of the weights.
 
     Raises:
       ModelError: nothing loadable there, or an adapter that is not in the model's layers.
     """
     base = base_of_adapter(source)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base or source, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base or source, dtype=dtype)
         if base is not None:
             model = _with_adapter(model, source, learns=adapter_learns)
     except ModelError:
@@ -363,6 +368,11 @@ def trainable_parameters(*models: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters that an optimizer should hold, in a fixed order."""
     for model in models:
         yield from (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def shared_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> int:
+    """How many tokens both models have a logit for; what one of them has beyond is padding."""
+    return min(int(model.config.get_text_config().vocab_size) for model in (policy, reference))
 
 
 def require_same_vocabulary(

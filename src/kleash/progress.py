@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: one line per update with the figures one steers by."""
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
+
+from kleash.estimators import Interval
 
 Figures = Mapping[str, float | int | None]
 ROWS_ON_SCREEN = 12
@@ -86,6 +89,56 @@ class RunProgress:
         for row in self.rows[-ROWS_ON_SCREEN:]:
             table.add_row(*row)
         return Group(table, self.bar)
+
+
+@dataclass
+class MeasureProgress:
+    """How far a measurement is, and what it says so far; on stderr, so that stdout stays free."""
+
+    quiet: bool = False
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def __post_init__(self) -> None:
+        self.bar = Progress(
+            TextColumn("[bold]measuring"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("responses, {task.description}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=self.quiet or not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("loading the models", total=None)
+        self.started = time.monotonic()
+        self.said = 0.0
+        self.words = "measuring"
+
+    def __enter__(self) -> "MeasureProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.bar.stop()
+
+    def show(self, done: int, interval: Interval | None, *, expected: int) -> None:
+        """Say what the responses so far say, and how many are expected; elsewhere than in a terminal every tenth.
+
+        Args:
+          done: responses so far.
+          interval: exact KL(policy || reference), nats per sequence; None = as it was last said.
+          expected: responses in all, as far as is known.
+        """
+        total = max(expected, done)
+        if interval is not None:
+            self.words = f"KL {interval.mean:.3g} ±{(interval.high - interval.low) / 2:.2g} nats each"
+        self.bar.update(self.task, completed=done, total=total, description=self.words)
+        share = done / total
+        if self.quiet or self.console.is_terminal or share < min(1.0, self.said + 0.1):
+            return
+        self.said = share
+        left = (time.monotonic() - self.started) * (1 / share - 1)
+        line = f"measuring: {done} of {total} responses, {self.words}, {left:.0f} s left"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def figures_of(record: Figures, timings: Figures) -> dict[str, str]:

@@ -143,7 +143,8 @@ def require_room(prompts: Prompts, *, max_new_tokens: int, context: int | None) 
         length, number = max(too_long)
         raise PromptError(
             f"Expected prompts of at most {room} tokens (context {context} less max_new_tokens {max_new_tokens}), "
-            f"found {len(too_long)} longer ones, the longest in row {number} with {length}; shorten or drop them."
+            f"found {len(too_long)} longer ones, the longest in row {number} with {length}; shorten or drop them, or "
+            "lower max_new_tokens."
         )
 
 
@@ -160,11 +161,7 @@ def prompts_of_update(prompts: Prompts, update: int, *, per_update: int, seed: i
     first = (update - 1) * per_update
     passes = range(first // count, (first + per_update - 1) // count + 1)
     order = torch.cat([torch.randperm(count, generator=generator_for(seed, "prompts", n)) for n in passes])
-    chosen = order[first - passes.start * count :][:per_update].tolist()
-    columns = {name: [values[i] for i in chosen] for name, values in prompts.columns.items()}
-    return Prompts(
-        texts=[prompts.texts[i] for i in chosen], tokens=[prompts.tokens[i] for i in chosen], columns=columns
-    )
+    return prompts.at(order[first - passes.start * count :][:per_update].tolist())
 
 
 def prompts_fingerprint(prompts: Prompts) -> str:
