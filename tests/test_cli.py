@@ -104,7 +104,7 @@ def test_an_unknown_command_is_answered_with_the_known_ones(kleash: Command) -> 
     assert (ended.code, ended.out) == (2, "")
     assert (
         ended.err
-        == "kleash: Expected a command (demo, check, train, sweep, report), found 'trian'; see kleash --help.\n"
+        == "kleash: Expected a command (demo, check, train, measure, sweep, report), found 'trian'; see kleash --help.\n"
     )
 
 
@@ -123,6 +123,32 @@ OTHER_HELP = [
     ("demo", ["--out", "--seed"]),
     ("check", ["RUN.yaml", "--KEY VALUE", "--json FILE"]),
     ("report", ["--out", "Directories"]),
+    (
+        "measure",
+        [
+            *(
+                "POLICY",
+                "REFERENCE",
+                "--prompts",
+                "--responses",
+                "--out",
+                "--json",
+                "--samples",
+                "--until",
+                "--at-most",
+            ),
+            *(
+                "--max-new-tokens",
+                "--temperature",
+                "--written-by-policy",
+                "--batch",
+                "--dtype",
+                "--seed",
+                "--pad-token",
+            ),
+            *("KL(policy || reference)", "Exit codes"),
+        ],
+    ),
     ("sweep", ["--leash.beta 0 0.02 0.1 1", "--resume", "--best-of N", "--best-of-prompts N", "--json FILE"]),
 ]
 
@@ -595,3 +621,127 @@ def test_a_reward_that_fails_at_update_3_keeps_two_updates_and_goes_on_once_mend
     ON_THE_WAY.update(calls=0)
     assert kleash("train", path, "--out", tmp_path / "straight").code == 0
     assert (out / "records.jsonl").read_bytes() == (tmp_path / "straight" / "records.jsonl").read_bytes()
+
+
+# measure
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model beside the world's policy."""
+    directory = tmp_path_factory.mktemp("reference")
+    tiny_policy(7).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_measure_prints_the_drift_and_writes_every_figure(
+    kleash: Command, world: World, reference: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "new" / "figures.json"
+    words = ["measure", world["policy"], reference, "--prompts", world["prompts"]]
+    ended = kleash(*words, "--samples", 16, "--max-new-tokens", 4, "--seed", 3, "--json", file)
+    assert ended.code == 0
+    assert ended.out.startswith("KL(policy || reference), nats")
+    assert ended.out.endswith(f"\nfigures  {file}\n")
+    assert "measuring: 16 of 16 responses, KL " in ended.err
+    figures = json.loads(file.read_text())
+    assert (figures["policy"], figures["reference"]) == (world["policy"], str(reference))
+    assert (figures["prompts"], figures["seed"], figures["max_new_tokens"]) == (world["prompts"], 3, 4)
+    kl = figures["kl_policy_ref_per_sequence"]
+    assert kl["n"] == 16
+    assert 0 < kl["low"] < kl["mean"] < kl["high"]
+    for name in ("kl_policy_ref_per_sequence_k1", "kl_policy_ref_per_token", "by_position", "top_tokens", "version"):
+        assert name in figures
+
+
+def test_measure_of_a_model_against_itself_is_0(kleash: Command, world: World) -> None:
+    ended = kleash("measure", world["policy"], world["policy"], "--prompts", world["prompts"], "--samples", 8)
+    assert ended.code == 0
+    assert re.search(r"exact, per response +0 +0 to 0 +8", ended.out)
+
+
+@pytest.mark.parametrize("until", ["0.000001", "+-0.000001", "0.0001%"])
+def test_measure_that_does_not_get_so_narrow_ends_with_1_and_says_what_it_found(
+    kleash: Command, world: World, reference: Path, tmp_path: Path, until: str
+) -> None:
+    words = ["measure", world["policy"], reference, "--prompts", world["prompts"], "--max-new-tokens", 3]
+    ended = kleash(*words, "--until", until, "--at-most", 30, "--json", tmp_path / "figures.json")
+    assert ended.code == 1
+    assert ended.out.startswith("KL(policy || reference), nats")
+    assert ended.err.endswith(
+        f"kleash: Expected an interval of {until}, found a wider one after 24 responses; raise --at-most, or ask for "
+        "less.\n"
+    )
+    assert json.loads((tmp_path / "figures.json").read_text())["until_reached"] is False
+
+
+def test_measure_that_gets_so_narrow_ends_with_0(kleash: Command, world: World, reference: Path) -> None:
+    words = ["measure", world["policy"], reference, "--prompts", world["prompts"], "--max-new-tokens", 3]
+    assert kleash(*words, "--until", "100").code == 0
+
+
+def test_measure_scores_given_responses(kleash: Command, world: World, reference: Path, tmp_path: Path) -> None:
+    file = tmp_path / "given.jsonl"
+    file.write_text(json.dumps({"prompt": "a cat", "response": "it runs"}) + "\n")
+    ended = kleash("measure", world["policy"], reference, "--responses", file)
+    assert ended.code == 0
+    assert "no figure here estimates" in " ".join(ended.out.split())
+    own = kleash("measure", world["policy"], reference, "--responses", file, "--written-by-policy")
+    assert own.code == 0
+    assert "k1, per response" in own.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prompts", "PROMPTS", "--samples", "0"], "Expected for --samples: greater than or equal to 1, found 0"),
+        (["--prompts", "PROMPTS", "--temperature", "0"], "Expected for --temperature: greater than or equal to 0.001"),
+        (["--prompts", "PROMPTS", "--until", "narrow"], "Expected a half-width such as \u00b10.05"),
+        (["--prompts", "PROMPTS", "--at-most", "9"], "Expected at_most with until, found it alone"),
+        (["--prompts", "nowhere.jsonl"], "Expected prompts in nowhere.jsonl, found no such file"),
+        (["--responses", "PROMPTS"], "Expected a column `response` or `completion` in"),
+        (["--responses", "PROMPTS", "--prompts", "PROMPTS"], "Expected prompts to answer or responses to score, found"),
+        ([], "found neither; give one of them"),
+        (["--prompts", "PROMPTS", "--max-new-tokens", "64"], "found 8 longer ones"),
+        (["--prompts", "PROMPTS", "--pad-token", "bird"], "Expected pad_token in the vocabulary"),
+    ],
+)
+def test_measure_of_bad_usage_is_one_sentence_and_ends_with_2(
+    kleash: Command, world: World, tmp_path: Path, words: list[str], said: str
+) -> None:
+    before = tree(tmp_path)
+    words = [world["prompts"] if word == "PROMPTS" else word for word in words]
+    ended = kleash("measure", world["policy"], world["policy"], *words, "--json", tmp_path / "new" / "figures.json")
+    assert (ended.code, ended.out) == (2, "")
+    assert said in ended.err
+    assert ended.err.startswith("kleash: Expected ")
+    assert ended.err.count("\n") == 1
+    assert tree(tmp_path) == before
+
+
+def test_measure_names_the_model_that_is_not_there(kleash: Command, world: World, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    for models in ((nowhere, world["policy"]), (world["policy"], nowhere)):
+        ended = kleash("measure", *models, "--prompts", world["prompts"])
+        assert ended.code == 2
+        assert re.match(r"kleash: Expected .* at .*nowhere.*, found no such directory; check the path\.\n$", ended.err)
+
+
+@pytest.mark.parametrize("words", [[], ["only-a-policy"], ["p", "r", "--prompt", "x"], ["p", "r", "--dtype", "int8"]])
+def test_measure_without_its_two_models_or_with_words_it_does_not_know_is_bad_usage(
+    kleash: Command, words: list[str]
+) -> None:
+    ended = kleash("measure", *words)
+    assert ended.code == 2
+    assert ended.out == ""
+
+
+def test_measure_says_first_that_its_file_cannot_be_written(kleash: Command, world: World, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    words = ["measure", world["policy"], world["policy"], "--prompts", world["prompts"]]
+    for place in (tmp_path, tmp_path / "file" / "figures.json"):
+        ended = kleash(*words, "--json", place)
+        assert ended.code == 2
+        assert ended.err.startswith("kleash: Expected ")
+        assert ended.err.count("\n") == 1

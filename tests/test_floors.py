@@ -29,12 +29,12 @@ FLOORS = {
     **dict.fromkeys(["first_beta", "preflight", "token_map", "tally"], 10),
     **dict.fromkeys(["run", "measured", "measuring"], 11),
     **dict.fromkeys(["guard", "readout", "samples"], 12),
-    **dict.fromkeys(["training", "measure", "baseline"], 13),
-    **dict.fromkeys(["demo", "sweep"], 14),
+    **dict.fromkeys(["training", "measurement", "baseline"], 13),
+    **dict.fromkeys(["demo", "sweep", "integrations"], 14),
     **dict.fromkeys(["cli"], 15),
     **dict.fromkeys(["__init__", "__main__"], TOP),
 }
-ONE_ROOM = {"demo", "fused", "preflight"}  # folders whose files may import each other, without a cycle
+ONE_ROOM = {"demo", "fused", "integrations", "preflight"}  # whose files may import each other, without a cycle
 PURE = 3  # the highest floor that knows torch and the standard library only
 FORBIDDEN_LIBRARIES = {"logging", "random", "os", "pathlib", "io", "shutil", "tempfile", "subprocess", "importlib"}
 FORBIDDEN_NAMES = {"open", "print", "input", "__import__"}

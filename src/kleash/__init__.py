@@ -96,6 +96,12 @@ _NAMES_OF = {
         "Peak",
         "overoptimisation_curve",
     ),
+    "measurement": (
+        "MeasureConfig",
+        "measure",
+    ),
+    "measure_page": ("write_measure_page",),
+    "measured": ("MeasuredDrift",),
     "ppo": ("PPOConfig",),
     "repetition": (
         "distinct_n_over_batch",

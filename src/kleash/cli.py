@@ -324,11 +324,13 @@ def _one_sentence_for_bad_values() -> Iterator[None]:
 
 
 def _measure(words: list[str]) -> int:
-    from kleash.measure import MeasureConfig, measure
+    from kleash.measurement import MeasureConfig, measure, require_one_process
 
+    require_one_process()
     asked = _measure_arguments(words, MeasureConfig)
     from rich.console import Console
 
+    from kleash.measure_page import write_measure_page
     from kleash.readout import readout
     from kleash.run_directory import require_place_for, write_atomically
 
@@ -344,11 +346,12 @@ def _measure(words: list[str]) -> int:
         mapped=0 if asked.out is None else RESPONSES_ON_THE_PAGE,
         quiet=False,
     )
-    console = Console(highlight=False)
-    console.print(readout(measured))
+    Console(highlight=False).print(readout(measured))
     if asked.json is not None:
         write_atomically(asked.json, json.dumps(measured.figures, ensure_ascii=False, indent=1) + "\n")
-        print(f"figures  {asked.json}")
+        print(f"\nfigures  {asked.json}")
+    if asked.out is not None:
+        print(f"\npage     {write_measure_page(measured.figures, measured.token_maps, asked.out)}")
     if not measured.narrow_enough:
         print(
             f"kleash: Expected an interval of {asked.config.until}, found a wider one after "

@@ -13,7 +13,7 @@ from kleash.tally import KL
 from kleash.token_class import TOKEN_CLASSES
 
 TOKENS_SHOWN, PROMPTS_SHOWN = 8, 5
-WIDEST_PROMPT = 60
+WIDEST_PROMPT = 48  # with the other columns of its table it fills 80
 
 
 def readout(measured: MeasuredDrift) -> RenderableType:
@@ -122,7 +122,7 @@ def _prompts(figures: dict[str, Any]) -> Table:
     table = _table(title, "prompt", "responses", "nats per response")
     for entry in shown:
         kl = entry[KL]
-        width = "" if kl["high"] is None else f" ±{_number((kl['high'] - kl['low']) / 2)}"
+        width = "" if kl["high"] is None else f" ±{_half_width((kl['high'] - kl['low']) / 2)}"
         table.add_row(Text(_one_line(entry["prompt"])), f"{entry['responses']}", f"{_number(kl['mean'])}{width}")
     return table
 
@@ -142,6 +142,14 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.0f}" if value == 0 or abs(value) >= 1000 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.2g}"
+
+
+def _half_width(value: float) -> str:
+    """
+    >>> [_half_width(value) for value in (180.81, 2.19, 0.0384, 0.0, 2.0)]
+    ['180', '2.2', '0.038', '0', '2']
+    """
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def _ends(interval: Interval) -> str:
