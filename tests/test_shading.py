@@ -172,7 +172,8 @@ def test_what_half_of_the_responses_begin_with_is_found() -> None:
     other = [a_token_map(["No", "<eos>"], [0.0] * 2, prompt=prompt) for prompt in "cde"]
     expected = {"text": "Soak it<eos>", "tokens": 4, "count": 3, "of": 6, "prompts": 2, "whole": True}
     assert shared_beginning([*same, *other]) == expected
-    assert shared_beginning([*same, *other, other[0]]) is None, "3 of 7 are not half"
+    unlike = [a_token_map([word, "<eos>"], [0.0] * 2, prompt=word) for word in ("No", "Yes", "Well", "Now")]
+    assert shared_beginning([*same, *unlike]) is None, "3 of 7 are not half"
     assert shared_beginning(same[:2]) is None, "one prompt"
     longer = a_token_map(["So", "ak", " it", " up"], [0.0] * 4, prompt="f")
     found = shared_beginning([*same[1:], longer, *other])

@@ -147,6 +147,10 @@ def test_a_pressed_token_keeps_its_card_until_escape_or_a_press_elsewhere(opened
     token(tab, 29, DEEP).click()
     tab.get_by_role("button", name="Close").click()
     assert tab.locator("#token-card").is_hidden()
+    for hidden in (False, True):
+        token(tab, 29, DEEP).click()
+        tab.mouse.move(5, 5)
+        assert tab.locator("#token-card").is_hidden() == hidden, "a second press closes it"
 
 
 def test_the_cards_buttons_walk_from_token_to_token(opened: Callable[..., Any]) -> None:
