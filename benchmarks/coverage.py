@@ -26,7 +26,7 @@ from pairs import FOUR, MANY, EnumerablePair
 from stream import Intervals, Stream, covered, require_what_measure_says, stream_of, width
 
 from kleash.estimators import Interval
-from kleash.measure import FEWEST, MOST
+from kleash.measurement import FEWEST, MOST
 from kleash.plan import Plan
 from kleash.precision import precision_from
 from kleash.seeds import derived_seed

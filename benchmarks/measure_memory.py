@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import tiny_tokenizer
 
-from kleash.measure import MeasureConfig, measure
+from kleash.measurement import MeasureConfig, measure
 
 MIB = 2**20
 

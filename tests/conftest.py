@@ -1,5 +1,10 @@
 """What every test run shares: one thread, and property tests that draw the same examples each time."""
 
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -7,3 +12,15 @@ torch.set_num_threads(1)  # these tensors are tiny: waking a second thread costs
 
 settings.register_profile("kleash", deadline=None, database=None, derandomize=True, max_examples=50)
 settings.load_profile("kleash")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -6,7 +6,7 @@ from pairs import EnumerablePair
 from torch import Tensor
 
 from kleash.estimators import Interval, mean_with_interval
-from kleash.measure import MeasureConfig, measure
+from kleash.measurement import MeasureConfig, measure
 from kleash.measuring import Measuring, sampled_batches
 from kleash.pair import load_pair
 from kleash.plan import Plan

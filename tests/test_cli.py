@@ -82,7 +82,7 @@ def test_without_a_command_it_says_what_there_is(kleash: Command) -> None:
     ended = kleash()
     assert ended.code == 2
     assert ended.out == kleash("--help").out
-    for command in ("kleash demo", "kleash train", "kleash sweep", "kleash report"):
+    for command in ("kleash demo", "kleash check", "kleash train", "kleash sweep", "kleash report"):
         assert command in ended.out
 
 
@@ -103,8 +103,8 @@ def test_an_unknown_command_is_answered_with_the_known_ones(kleash: Command) -> 
     ended = kleash("trian", "x")
     assert (ended.code, ended.out) == (2, "")
     assert (
-        ended.err
-        == "kleash: Expected a command (demo, train, measure, sweep, report), found 'trian'; see kleash --help.\n"
+        ended.err == "kleash: Expected a command (demo, check, train, measure, sweep, report), found 'trian'; "
+        "see kleash --help.\n"
     )
 
 
@@ -121,6 +121,7 @@ def test_the_help_of_train_names_every_key(kleash: Command) -> None:
 
 OTHER_HELP = [
     ("demo", ["--out", "--seed"]),
+    ("check", ["RUN.yaml", "--KEY VALUE", "--json FILE"]),
     ("report", ["--out", "Directories"]),
     (
         "measure",
@@ -236,7 +237,7 @@ def interrupting(prompts: Sequence[str], completions: Sequence[str]) -> list[flo
     """Asks to stop once training has begun, which the handler for signals shows."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         signal.raise_signal(signal.SIGINT)
-    return [0.5] * len(prompts)
+    return [len(completion) / 8 for completion in completions]
 
 
 def test_an_interrupt_at_once_ends_with_130_too(kleash: Command, world: World, tmp_path: Path) -> None:
@@ -252,7 +253,7 @@ def interrupting_at_once(prompts: Sequence[str], completions: Sequence[str]) -> 
 
 
 def test_a_run_that_stops_itself_ends_with_1_and_one_sentence(kleash: Command, world: World, tmp_path: Path) -> None:
-    path = write_run(world, tmp_path / "run", **SMALL, reward="test_cli:enormous")
+    path = write_run(world, tmp_path / "run", **SMALL, reward="test_cli:enormous", preflight=False)
     ended = kleash("train", path)
     assert ended.code == 1
     assert re.fullmatch(r"kleash: Expected a finite .*\n", ended.err)
@@ -405,7 +406,7 @@ BAD_INPUT: dict[str, tuple[Callable[[World, Path], dict[str, object]], list[str]
     "no function": (lambda w, d: {"reward": "test_cli:NOT_A_FUNCTION"}, [], "Expected a function at .*, found int"),
     "raising reward": (lambda w, d: {"reward": "test_cli:raising"}, [], "found LookupError: no such grade; the first"),
     "raising judge": (lambda w, d: {"eval_reward": "test_cli:raising"}, [], "found LookupError: no such grade"),
-    "wrong count": (lambda w, d: {"reward": "test_cli:one_too_few"}, [], "Expected 4 scores from .*, found 3"),
+    "wrong count": (lambda w, d: {"reward": "test_cli:one_too_few"}, [], "Expected 8 scores from .*, found 7"),
     "NaN reward": (lambda w, d: {"reward": "test_cli:not_finite"}, [], "found nan for the prompt '"),
     "uneven minibatches": (lambda w, d: {"rollout": {"prompts_per_update": 7}}, [], "7 must be a multiple of ppo.mini"),
     "unknown tracker": (lambda w, d: {"trackers": ["bogus"]}, [], "Expected trackers among .*tensorboard.*found bogus"),
@@ -475,18 +476,25 @@ def test_debug_adds_the_traceback_and_keeps_the_exit_code(kleash: Command, tmp_p
     assert debug.err.endswith(plain.err)
 
 
+@pytest.mark.filterwarnings("default::kleash.errors.KleashWarning")
 def test_a_tokenizer_without_pad_token_trains_with_the_remedy_it_was_told(
     kleash: Command, world: World, tmp_path: Path
 ) -> None:
     path = write_run(world, tmp_path / "run", **SMALL, **no_pad_token(world, tmp_path))
     assert kleash("train", path).code == 2
-    assert kleash("train", path, "--pad-token", "<eos>", "--updates", "1").code == 0
+    ended = kleash("train", path, "--pad-token", "<eos>", "--updates", "1")
+    assert ended.code == 0
+    assert "kleash: Before the first update, pad and EOS: pad '<eos>' (1), EOS '<eos>' (1): one token" in ended.err
     assert lines(tmp_path / "run") == 1
 
 
+@pytest.mark.filterwarnings("default::kleash.errors.KleashWarning")
 def test_a_pad_token_equal_to_eos_is_handled(kleash: Command, world: World, tmp_path: Path) -> None:
     policy = policy_with(tiny_tokenizer(pad_token="<eos>"), tmp_path / "policy")
-    assert kleash("train", write_run(world, tmp_path / "run", **SMALL, policy=policy), "--updates", "1").code == 0
+    path = write_run(world, tmp_path / "run", **SMALL, policy=policy)
+    ended = kleash("train", path, "--updates", "1")
+    assert ended.code == 0
+    assert "one token for both; kleash masks the padding" in ended.err
 
 
 # bad input to a run that is there
@@ -586,10 +594,10 @@ ON_THE_WAY: dict[str, object] = {}
 
 def fails_at_the_third_update(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     ON_THE_WAY["calls"] = calls = int(ON_THE_WAY["calls"]) + 1
-    if calls == 4 and ON_THE_WAY["how"] == "raises":  # after the probe and two updates
+    if calls == 9 and ON_THE_WAY["how"] == "raises":  # after six calls of the checks and two updates
         raise LookupError("no such grade")
     scores = [len(completion) / 8 for completion in completions]
-    if calls == 4 and ON_THE_WAY["how"] == "is not finite":
+    if calls == 9 and ON_THE_WAY["how"] == "is not finite":
         scores[2], ON_THE_WAY["prompt"] = float("nan"), prompts[2]
     return scores
 
@@ -704,7 +712,7 @@ def test_measure_of_bad_usage_is_one_sentence_and_ends_with_2(
 ) -> None:
     before = tree(tmp_path)
     words = [world["prompts"] if word == "PROMPTS" else word for word in words]
-    ended = kleash("measure", world["policy"], world["policy"], *words, "--json", tmp_path / "new" / "figures.json")
+    ended = kleash("measure", world["policy"], world["policy"], *words, "--json", tmp_path / "figures.json")
     assert (ended.code, ended.out) == (2, "")
     assert said in ended.err
     assert ended.err.startswith("kleash: Expected ")

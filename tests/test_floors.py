@@ -23,19 +23,18 @@ FLOORS = {
     **dict.fromkeys(["seeds", "models", "interrupt", "fused"], 4),
     **dict.fromkeys(["linear_head", "reference", "prompts", "scorers", "rollout", "frontier", "alarms", "dealing"], 5),
     **dict.fromkeys(["language_model", "verdict", "given_responses", "plan"], 6),
-    **dict.fromkeys(["pair"], 7),
-    **dict.fromkeys(["scoring", "ppo"], 7),
-    **dict.fromkeys(["targets", "drift", "config", "run_directory", "report", "reading"], 8),
-    **dict.fromkeys(["checkpoint", "progress", "parts", "preflight", "drift_map"], 9),
-    **dict.fromkeys(["first_beta", "token_map", "tally"], 10),
+    **dict.fromkeys(["scoring", "ppo", "pair", "page"], 7),
+    **dict.fromkeys(["targets", "drift", "config", "run_directory", "reading", "drift_tables", "shading"], 8),
+    **dict.fromkeys(["checkpoint", "progress", "parts", "drift_map", "report", "measure_page"], 9),
+    **dict.fromkeys(["first_beta", "preflight", "token_map", "tally"], 10),
     **dict.fromkeys(["run", "measured", "measuring"], 11),
-    **dict.fromkeys(["guard", "readout"], 12),
-    **dict.fromkeys(["training", "measure", "baseline"], 13),
-    **dict.fromkeys(["demo", "sweep"], 14),
+    **dict.fromkeys(["guard", "readout", "samples"], 12),
+    **dict.fromkeys(["training", "measurement", "baseline"], 13),
+    **dict.fromkeys(["demo", "sweep", "integrations"], 14),
     **dict.fromkeys(["cli"], 15),
     **dict.fromkeys(["__init__", "__main__"], TOP),
 }
-ONE_ROOM = {"demo", "fused"}  # folders whose files may import each other, without a cycle
+ONE_ROOM = {"demo", "fused", "integrations", "preflight"}  # whose files may import each other, without a cycle
 PURE = 3  # the highest floor that knows torch and the standard library only
 FORBIDDEN_LIBRARIES = {"logging", "random", "os", "pathlib", "io", "shutil", "tempfile", "subprocess", "importlib"}
 FORBIDDEN_NAMES = {"open", "print", "input", "__import__"}

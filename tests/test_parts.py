@@ -1,6 +1,5 @@
 """Parts: what a configuration loads, what it makes of a missing one, and that misfits are found before training."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,9 @@ from tiny import PROMPTS, WORDS, save_tiny_world, tiny_policy, tiny_reward_model
 from transformers import AutoModelForCausalLM
 
 from kleash.config import RunConfig, config_from
-from kleash.errors import ModelError, PromptError, RewardError
+from kleash.errors import ModelError, PromptError
 from kleash.models import fingerprint
-from kleash.parts import PROBES, Given, Parts, load_parts, require_working_scorers, scorer_from
+from kleash.parts import Given, load_parts, scorer_from
 from kleash.scorers import FunctionScorer, ModelScorer, WeightedScorer
 
 CPU = torch.device("cpu")
@@ -163,43 +162,3 @@ def test_prompts_that_leave_no_room_are_refused(world, out):
     rollout = {"prompts_per_update": 8, "max_new_tokens": 61}
     with pytest.raises(PromptError, match=r"at most 3 tokens \(context 64 less max_new_tokens 61\), found 4 longer"):
         load_parts(configured(world, out, rollout=rollout), Given())
-
-
-# --- the probe ---
-
-
-def loaded(world: dict[str, str], out: Path, **given: object) -> tuple[Parts, RunConfig]:
-    config = configured(world, out)
-    return load_parts(config, Given(**given)), config
-
-
-def test_a_few_real_responses_are_scored_before_the_run(world, out):
-    seen = []
-
-    def reward(prompts: list, completions: list) -> list[float]:
-        seen.append((prompts, completions))
-        return [0.0] * len(prompts)
-
-    parts, config = loaded(world, out, scorer=FunctionScorer(function=reward, name="f"))
-    before, state = fingerprint(parts.policy), torch.get_rng_state()
-    require_working_scorers(parts, config)
-    require_working_scorers(parts, config)
-    assert len(seen[0][0]) == len(seen[0][1]) == PROBES
-    assert seen[0] == seen[1]  # the same ones every time: they follow from the seed
-    assert fingerprint(parts.policy) == before
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize(
-    ("reward", "message"),
-    [
-        (lambda prompts, completions: 1 / 0, "ZeroDivisionError"),
-        (lambda prompts, completions: [1.0], "Expected 4 scores from f, one per completion, found 1"),
-        (lambda prompts, completions: [1.0, math.nan, 1.0, 1.0], "Expected finite scores from f, found nan"),
-    ],
-)
-@pytest.mark.parametrize("role", ["scorer", "eval_scorer"])
-def test_a_broken_reward_or_judge_is_found_before_the_run(world, out, reward, message, role):
-    parts, config = loaded(world, out, **{role: FunctionScorer(function=reward, name="f")})
-    with pytest.raises(RewardError, match=message):
-        require_working_scorers(parts, config)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
-from test_measure import GIVEN, tiny_measure, write
+from test_measurement import GIVEN, tiny_measure, write
 from tiny import LIVELY, tiny_policy
 
 from kleash.measured import MeasuredDrift

@@ -1,23 +1,22 @@
 """The reference: what it shares with the policy, how it follows, and what it may not hide."""
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import LIVELY, PROMPTS, save_tiny_world, tiny_policy, tiny_prompts, tiny_rollout, tiny_run, tiny_tokenizer
+from tiny import LIVELY, PROMPTS, save_tiny_world, tiny_policy, tiny_rollout, tiny_run, tiny_tokenizer
 from torch import nn
 
 import kleash
 from kleash.config import ReferenceConfig, config_from
 from kleash.divergence import kl_divergence
-from kleash.errors import KleashWarning, ModelError
+from kleash.errors import ModelError
 from kleash.language_model import LanguageModel, Models, language_models
 from kleash.models import fingerprint, frozen, learning_names, response_logits, value_model_from_policy
 from kleash.parts import Given, load_parts
 from kleash.ppo import PPOConfig
-from kleash.reference import frozen_copy, move_towards, require_movable, warn_unless_at_identity, without_adapter
+from kleash.reference import frozen_copy, move_towards, require_movable, without_adapter
 from kleash.rollout import RolloutConfig
 from kleash.scorers import FunctionScorer
 from kleash.scoring import score_rollout
@@ -95,29 +94,6 @@ def test_without_its_adapter_a_policy_is_the_base_model(options: dict[str, objec
 def test_a_policy_without_an_adapter_has_nothing_to_take_off() -> None:
     with pytest.raises(ModelError, match="Expected a policy with an adapter for the reference adapter_off, found one"):
         without_adapter(tiny_policy())
-
-
-def test_an_adapter_at_its_identity_is_the_base_and_any_other_is_said_to_differ() -> None:
-    prompt = tiny_prompts().tokens[0]
-    policy = with_adapter(tiny_policy(architecture="llama", **LIVELY), identity=True)
-    base = without_adapter(policy)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_unless_at_identity(policy, base, prompt)
-    drifted(policy, size=0.5)
-    with torch.no_grad():
-        logits, ref_logits = (
-            model(input_ids=torch.tensor([prompt])).logits.double().log_softmax(-1) for model in (policy, base)
-        )
-    kl = float((logits.exp() * (logits - ref_logits)).sum(-1).mean())
-    assert kl > 1e-3
-    with pytest.warns(
-        KleashWarning, match=rf"found KL\(policy \|\| reference\) {kl:.3g} nats per token.*above 0 before"
-    ):
-        warn_unless_at_identity(policy, base, prompt)
-
-
-# --- a reference that follows ---
 
 
 def test_a_moving_average_is_the_weighted_sum_of_all_policies_since_the_start() -> None:
@@ -329,8 +305,7 @@ def test_the_base_is_the_reference_only_of_a_policy_with_an_adapter(world: dict[
         parts_with(world, {"kind": "adapter_off"})
     policy = tiny_policy()
     policy.add_adapter(peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False))
-    with pytest.warns(KleashWarning, match="the reference copy measures from the policy's start"):
-        parts = parts_with(world, {"kind": "adapter_off"}, policy=policy)
+    parts = parts_with(world, {"kind": "adapter_off"}, policy=policy)
     assert fingerprint(parts.reference) == fingerprint(tiny_policy())
 
 

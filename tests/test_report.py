@@ -3,15 +3,14 @@
 import json
 import math
 import random
-import shutil
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from browsing import TOO_WIDE, eventually, listened
+from mapped import a_drift_map, a_token_map
 
 from kleash import report, verdict
 from kleash.alarms import FIRST_KL, KL
@@ -128,21 +127,6 @@ def an_alarm(name: str, update: int, since: int, sentence: str = "It does.", act
 def a_roll_back(number: int, left: int, to: int, kl: list[float | None], why: str = "Too far.") -> dict[str, Any]:
     records = [{"update": to + 1 + place, KL: value} for place, value in enumerate(kl)]
     return {"roll_back": number, "from": left, "to": to, "beta": 0.1, "why": why, "records": records}
-
-
-def a_drift_map(update: int, kl: list[float], text: str = " Use") -> dict[str, Any]:
-    """A line of drift.jsonl: 4 responses, its first position the first tokens, all others of class `other`."""
-    rows = [{"position": place, "sequences": 4 - place % 2, KL: value} for place, value in enumerate(kl)]
-    place = {"token": text, "token_id": 5, "class": "other", "position": 1, "sequence": 0, "kl_policy_ref": 1.5}
-    place |= {"policy_prob": 0.9641, "ref_prob": 0.1882, "ratio": 5.12, "context": f"{text}\nwash"}
-    one = {"token": text, "token_id": 5, "count": 3, KL: sum(kl) / 4, "mean_ratio": 0.2}
-    first = {"tokens": 4, KL: kl[0], "kl_policy_ref_per_token": kl[0]}
-    rest = {"tokens": 12, KL: sum(kl[1:]), "kl_policy_ref_per_token": sum(kl[1:]) / 3}
-    nothing = {"tokens": 0, KL: 0.0, "kl_policy_ref_per_token": None}
-    by_class = {"first_token": first, "eos": nothing, "special": nothing, "other": rest}
-    drifted = sum(kl) > 0
-    lists = {"top_tokens": [place] if drifted else [], "drifted_tokens": [one] if drifted else []}
-    return {"update": update, "by_position": rows, "by_class": by_class, **lists}
 
 
 def with_events(run: Path, text: str = "Too far.") -> Path:
@@ -412,24 +396,6 @@ def test_the_drift_is_read_at_the_last_update_that_drifted_and_halfway(tmp_path:
         report.read_drift_maps(file)
 
 
-@pytest.mark.parametrize("width", [1, 3, 7, 200])
-def test_the_bars_over_the_positions_add_up_to_the_drift(width: int) -> None:
-    row = a_drift_map(5, [place / 10 for place in range(100)])
-    bars = report.drawn_positions(row, width)
-    assert math.fsum(bars["kl"]) == pytest.approx(report.total_drift(row), rel=1e-4)
-    ranges = [range(first, last + 1) for first, last in zip(bars["first"], bars["last"], strict=True)]
-    assert [place for part in ranges for place in part] == list(range(100))
-    assert all(len(part) == width for part in ranges[:-1])
-    assert bars["reached"] == [4 - first % 2 for first in bars["first"]]
-
-
-def test_all_runs_share_a_width_of_bars_that_keeps_them_few() -> None:
-    runs = [replace(run_of([]), drift_maps=[a_drift_map(5, [0.1] * length)]) for length in (10, 150)]
-    assert report.bar_width(runs) == 3
-    assert report.bar_width(runs[:1]) == 1
-    assert report.bar_width([run_of([])]) == 1
-
-
 def test_bars_of_several_positions_are_called_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "good", updates=2)
     write_lines(run / "drift.jsonl", [a_drift_map(2, [0.1] * 150)])
@@ -437,37 +403,6 @@ def test_bars_of_several_positions_are_called_so(tmp_path: Path) -> None:
     assert "Position in the response, from 0, 3 at a time." in page
     [bars] = embedded(page)["runs"][0]["positions"]
     assert len(bars["kl"]) == 50
-
-
-def test_each_class_has_its_share_of_the_tokens_beside_that_of_the_drift() -> None:
-    first, other = report.class_rows(a_drift_map(5, [2.0, 1.0, 1.0]))
-    assert (first["name"], first["share_of_tokens"], first["share_of_kl"], first["per_token"]) == (
-        *("First token", 0.25, 0.5, 2.0),
-    )
-    assert (other["name"], other["share_of_tokens"], other["share_of_kl"]) == ("Other", 0.75, 0.5)
-    assert report.class_rows({"update": 1}) == []
-
-
-def test_a_place_of_large_drift_says_the_token_its_context_and_how_likely_it_was() -> None:
-    [place] = report.drift_summary(replace(run_of([]), drift_maps=[a_drift_map(5, [2.0, 1.0])]))["places"]
-    assert place == {
-        "token": "\u2423Use",
-        "context": " Use\u21b5wash",
-        "position": 1,
-        "kl": 1.5,
-        "policy": 0.9641,
-        "ref": 0.1882,
-        "likelihood": "5.1\u00d7 more likely",
-    }
-    assert report.place_row({})["likelihood"] == "-"
-    assert report.drift_summary(run_of([])) is None
-
-
-def test_what_cannot_be_seen_of_a_token_is_written_out() -> None:
-    hidden = " \t\n\x00\u202e\u00a0\ud800a"
-    assert report.visible(hidden) == "\u2423\u21e5\u21b5U+0000U+202EU+00A0U+D800a"
-    assert report.visible("") == "(empty)"
-    assert report.visible("n\u00e9\u4e2d\u0644") == "n\u00e9\u4e2d\u0644"
 
 
 # --- what it shows ---------------------------------------------------------------------------------------
@@ -773,32 +708,6 @@ def test_texts_of_models_and_users_cannot_become_markup(pages: dict[str, Path]) 
     assert "<" not in page.split('id="data">', 1)[1].split("</script>", 1)[0]
 
 
-def test_embedded_json_cannot_leave_its_script_element_and_says_the_same() -> None:
-    data = {"text": "</script><!-- & \u2028", "number": 0.5}
-    text = str(report.embedded_json(data))
-    assert not set(text) & set("<>&\u2028")
-    assert json.loads(text) == data
-
-
-TOO_WIDE = """
-Array.from(document.querySelectorAll("main *, header *"))
-  .filter((part) => !part.closest(".legend, .canvas, thead") && part.getBoundingClientRect().right > innerWidth + 1)
-  .map((part) => part.outerHTML.slice(0, 80))
-"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 @pytest.mark.parametrize("name", ["compared", "attacked", "single", "swept", "extrapolated", "eventful"])
 def test_a_browser_shows_it_quietly_offline_and_within_a_phone(pages: dict[str, Path], browser: Any, name: str) -> None:
     tab = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="light")
@@ -816,14 +725,6 @@ def test_a_browser_shows_it_quietly_offline_and_within_a_phone(pages: dict[str, 
     assert said == []
     assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
     tab.close()
-
-
-def eventually(tab: Any, condition: str) -> None:
-    """Ask the page until the condition holds; its own content policy forbids that it asks itself."""
-    deadline = time.monotonic() + 20
-    while not tab.evaluate(condition):
-        assert time.monotonic() < deadline, condition
-        tab.wait_for_timeout(50)
 
 
 def test_dark_mode_reaches_page_and_plots_when_switched(pages: dict[str, Path], browser: Any) -> None:
@@ -933,3 +834,79 @@ def test_beta_has_a_logarithmic_axis_where_it_moves_by_more_than_a_factor_of_ten
         tab.goto(write_report([run], tmp_path / f"{name}.html").as_uri())
         assert tab.evaluate("document.querySelector('#beta .canvas')._fullLayout.yaxis.type") == scale
     tab.close()
+
+
+# --- token by token --------------------------------------------------------------------------------------
+
+
+def mapped_run(path: Path, world: str, *, updates: tuple[int, ...] = (1, 120), scale: float = 1.0) -> Path:
+    """A run whose first and last updates were mapped: responses that drift not at all, then more and more."""
+    run = make_run(path, world)
+    rows = [
+        a_token_map(["Soak", f" {world}", "<eos>"], [0.0, 0.0 if update == 1 else scale * index, 0.0], index=index)
+        | {"update": update, "score": -index, "eval_score": None, "prompt": f"Question {index}?"}
+        for update in updates
+        for index in range(4)
+    ]
+    write_lines(run / "token_maps.jsonl", rows)
+    return run
+
+
+def test_a_run_shows_its_first_and_newest_mapped_responses(tmp_path: Path) -> None:
+    def sets(*updates: int) -> list[tuple[str, str, int]]:
+        run = mapped_run(tmp_path / f"{updates}", "hacked", updates=updates)
+        return [(some.label, some.key, len(some.rows)) for some in report.map_sets([report.read_run(run, "A")])]
+
+    assert sets(1, 60, 120) == [("Before training", "update-1-", 4), ("Update 120", "", 4)]
+    assert sets(50, 120) == [("Update 50", "update-50-", 4), ("Update 120", "", 4)]
+    assert sets(1) == [("Update 1", "", 4)]
+    assert sets() == []
+
+
+def test_several_runs_show_their_newest_and_open_with_the_one_that_drifted_farthest(tmp_path: Path) -> None:
+    near, far = mapped_run(tmp_path / "near", "good", scale=0.1), mapped_run(tmp_path / "far", "hacked")
+    without = make_run(tmp_path / "without", "tight")
+    found = report.map_sets(report.read_runs([without, near, far], None))
+    assert [(some.label, some.key) for some in found] == [
+        ("Before training", "update-1-"),
+        ("near", "run-2-"),
+        ("far", ""),
+    ]
+
+
+def test_a_damaged_line_of_token_maps_is_one_clear_sentence(tmp_path: Path) -> None:
+    run = mapped_run(tmp_path / "run", "good")
+    with (run / "token_maps.jsonl").open("a") as lines:
+        lines.write('{"update": 3, "pie')
+    with pytest.raises(RunDirectoryError, match=r"token_maps\.jsonl line 9 should be a JSON object"):
+        write_report([run], tmp_path / "page.html")
+
+
+def test_the_page_switches_between_before_training_and_the_newest_update(tmp_path: Path, browser: Any) -> None:
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    said, asked = listened(tab)
+    page = write_report([mapped_run(tmp_path / "run", "hacked")], tmp_path / "page.html")
+    tab.goto(page.as_uri())
+    assert tab.locator(".drifted b").all_inner_texts() == ["3.00", "2.00", "1.00", "0"]
+    assert "score \u22123.00" in tab.locator("#response-3 .drifted").inner_text()
+    tab.get_by_label("Sort").select_option("Highest score")
+    assert tab.locator(".drifted b").all_inner_texts() == ["0", "1.00", "2.00", "3.00"]
+    tab.get_by_role("button", name="Before training").press("Enter")
+    assert tab.locator(".drifted b").all_inner_texts() == ["0", "0", "0", "0"]
+    assert tab.get_by_role("button", name="Before training").get_attribute("aria-pressed") == "true"
+    assert tab.locator(".response").first.get_attribute("id") == "update-1-response-0"
+    assert tab.locator(".glance").is_hidden(), "nothing is shaded"
+    tab.goto(page.as_uri() + "#update-1-response-2")
+    eventually(tab, "document.querySelector('.meant')?.id === 'update-1-response-2'")
+    tab.evaluate("location.hash = '#response-2'")
+    eventually(tab, "document.querySelector('.meant')?.id === 'response-2'")
+    assert tab.get_by_role("button", name="Update 120").get_attribute("aria-pressed") == "true"
+    assert said == []
+    assert {url.split("#")[0] for url in asked if not url.startswith("data:")} == {page.as_uri()}
+    tab.close()
+
+
+def test_a_run_without_token_maps_has_no_such_part(pages: dict[str, Path]) -> None:
+    page = pages["single"].read_text(encoding="utf-8")
+    assert "Token by token" not in page
+    assert "start_token_map" not in page

@@ -37,10 +37,10 @@ CHANGES = {
 
 @dataclass(kw_only=True)
 class Reward:
-    """Counts words; calls `at[n]` first in the n-th call of this process, of which call 0 is the probe."""
+    """Counts words; calls `at[n]` first in the n-th call of this process, of which calls up to 0 are the checks'."""
 
     at: dict[int, Callable[[], None]]
-    calls: int = -1
+    calls: int = -6
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         self.calls += 1

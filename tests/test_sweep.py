@@ -212,7 +212,7 @@ def enormous(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
 def test_a_run_that_stops_itself_is_told_and_the_others_go_on(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--reward", "test_sweep:enormous", "test_sweep:length", "--updates", "1"]
+    words = ["--reward", "test_sweep:enormous", "test_sweep:length", "--updates", "1", "--preflight", "false"]
     assert main(["sweep", str(path), *words]) == 1
     out, err = capsys.readouterr()
     name = "reward=test_sweep_enormous"
@@ -227,6 +227,23 @@ def test_a_run_that_stops_itself_is_told_and_the_others_go_on(
     assert stopped["error"].startswith("Expected a finite")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "kleash sweep: 1 runs over reward" in page
+
+
+def unlike(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    return [1e30 * len(completion) for completion in completions]
+
+
+def test_a_run_that_fails_its_checks_is_told_and_the_others_go_on(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--reward", "test_sweep:unlike", "test_sweep:length", "--updates", "1"]
+    assert main(["sweep", str(path), *words]) == 1
+    out, err = capsys.readouterr()
+    said = "Expected every check before the first update to pass, found that gradients arrive failed (the loss is not"
+    assert f"kleash: reward=test_sweep_unlike stopped itself: {said}" in err
+    stopped, finished = sweep_json(tmp_path / "out")["runs"]
+    assert (stopped["status"], finished["status"]) == ("stopped", "finished")
+    assert "reward=test_sweep_unlike (stopped itself)" in out
 
 
 INTERRUPTS: dict[str, int] = {}

@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_its_directory_promises(run: Path) -> None:
     assert sorted(path.name for path in run.iterdir()) == [
         "alarms.jsonl", "checkpoints", "config.yaml", "drift.jsonl", "records.jsonl", "report.html", "samples.jsonl",
-        "timings.jsonl",
+        "timings.jsonl", "token_maps.jsonl",
     ]  # fmt: skip
     assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["000000", "000003"]
     assert "<html" in (run / "report.html").read_text(encoding="utf-8")
@@ -230,7 +230,8 @@ def test_other_columns_reach_the_reward(tmp_path: Path) -> None:
 
 
 def test_padding_with_eos_trains_and_counts_the_closing_eos(tmp_path: Path) -> None:
-    result = train(tmp_path / "run", tokenizer=tiny_tokenizer(pad_token="<eos>"), reward=cats, updates=2)
+    with pytest.warns(kleash.KleashWarning, match="one token for both"):
+        result = train(tmp_path / "run", tokenizer=tiny_tokenizer(pad_token="<eos>"), reward=cats, updates=2)
     usual = train(tmp_path / "usual", reward=cats, updates=2)
     for found, expected in zip(rows_of(result.out), rows_of(usual.out), strict=True):
         assert found == expected
@@ -254,7 +255,7 @@ def test_a_score_that_stops_being_finite_stops_the_run_at_its_step_and_names_the
         def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
             self.calls += 1
             scores = words(prompts, completions)
-            if self.calls == 4:  # the probe, then updates 1, 2 and 3
+            if self.calls == 9:  # six calls of the checks, then updates 1, 2 and 3
                 self.prompt, scores[5] = prompts[5], wrong
             return scores
 
@@ -274,7 +275,7 @@ def test_an_update_that_is_not_finite_stops_the_run_and_saves_no_broken_weights(
 
         def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
             self.calls += 1
-            return words(prompts, completions) if self.calls < 3 else [1e30] * len(prompts)
+            return words(prompts, completions) if self.calls < 8 else [1e30] * len(prompts)
 
     with pytest.raises(kleash.RunStopped, match="Expected a finite"):
         train(tmp_path / "run", reward=Exploding(), updates=4)
@@ -295,9 +296,9 @@ def test_an_update_that_is_not_finite_stops_the_run_and_saves_no_broken_weights(
         ({"tokenizer": tiny_tokenizer(pad_token=None)}, kleash.ModelError, "with a pad token, found none"),
         ({"reference": tiny_policy(vocab=20)}, kleash.ModelError, "the policy's vocabulary of 12, found 20"),
         ({"reward": tiny_reward_model(labels=2)}, kleash.RewardError, "one label at given as a GPT2.*, found 2"),
-        ({"reward": lambda prompts, completions: [1.0]}, kleash.RewardError, "Expected 4 scores from .*, found 1"),
+        ({"reward": lambda prompts, completions: [1.0]}, kleash.RewardError, "Expected 8 scores from .*, found 1"),
         ({"reward": lambda prompts, completions: None}, kleash.RewardError, "found TypeError"),
-        ({"reward": lambda prompts, completions: ["x"] * 4}, kleash.RewardError, "Expected numbers from"),
+        ({"reward": lambda prompts, completions: ["x"] * len(prompts)}, kleash.RewardError, "Expected numbers from"),
         ({"eval_reward": lambda prompts, completions: 1 / 0}, kleash.RewardError, "found ZeroDivisionError"),
         ({"rollout": kleash.RolloutConfig(max_new_tokens=61)}, kleash.PromptError, "Expected prompts of at most 3 tok"),
     ],

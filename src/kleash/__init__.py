@@ -49,6 +49,7 @@ _NAMES_OF = {
         "KleashWarning",
         "ModelError",
         "NonFiniteError",
+        "PreflightError",
         "PromptError",
         "RewardError",
         "RunDirectoryError",
@@ -95,6 +96,12 @@ _NAMES_OF = {
         "Peak",
         "overoptimisation_curve",
     ),
+    "measurement": (
+        "MeasureConfig",
+        "measure",
+    ),
+    "measure_page": ("write_measure_page",),
+    "measured": ("MeasuredDrift",),
     "ppo": ("PPOConfig",),
     "repetition": (
         "distinct_n_over_batch",

@@ -25,6 +25,7 @@ from kleash.errors import (
     KleashWarning,
     ModelError,
     NonFiniteError,
+    PreflightError,
     PromptError,
     RewardError,
     RunDirectoryError,
@@ -46,6 +47,9 @@ from kleash.leash import BudgetLeash, FixedLeash, Leash, Measurement, ScheduledL
 from kleash.logprobs import full_log_probs, token_logprobs
 from kleash.losses import clipped_policy_loss_per_token, clipped_value_loss_per_token
 from kleash.masking import masked_mean, whiten
+from kleash.measure_page import write_measure_page
+from kleash.measured import MeasuredDrift
+from kleash.measurement import MeasureConfig, measure
 from kleash.overoptimisation import OveroptimisationCurve, Peak, overoptimisation_curve
 from kleash.ppo import PPOConfig
 from kleash.repetition import distinct_n_over_batch, distinct_n_per_sequence
@@ -76,12 +80,15 @@ __all__ = [
     "KleashWarning",
     "Leash",
     "LeashConfig",
+    "MeasureConfig",
+    "MeasuredDrift",
     "Measurement",
     "ModelError",
     "NonFiniteError",
     "OveroptimisationCurve",
     "PPOConfig",
     "Peak",
+    "PreflightError",
     "PromptError",
     "ReferenceConfig",
     "RewardError",
@@ -121,6 +128,7 @@ __all__ = [
     "kl_policy_ref_per_token_k3",
     "masked_mean",
     "mean_with_interval",
+    "measure",
     "missing_eos_penalised",
     "overoptimisation_curve",
     "per_sequence",
@@ -132,6 +140,7 @@ __all__ = [
     "token_stats",
     "train",
     "whiten",
+    "write_measure_page",
     "write_report",
     "write_sweep_report",
 ]

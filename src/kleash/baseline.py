@@ -104,8 +104,4 @@ def reference_samples(parts: Parts, config: RunConfig, *, draws: int, prompts: i
 
 def repeated(prompts: Prompts, times: int) -> Prompts:
     """Every prompt so many times in a row."""
-    rows = [row for row in range(len(prompts)) for _ in range(times)]
-    columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
-    return Prompts(
-        texts=[prompts.texts[row] for row in rows], tokens=[prompts.tokens[row] for row in rows], columns=columns
-    )
+    return prompts.at([row for row in range(len(prompts)) for _ in range(times)])

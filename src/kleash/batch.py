@@ -28,14 +28,13 @@ class Prompts:
 
     def rows(self, start: int, stop: int) -> "Prompts":
         """The prompts from start to stop, like a slice of a list."""
-        return self.chosen(range(len(self))[start:stop])
+        return self.at(range(len(self))[start:stop])
 
-    def chosen(self, numbers: Sequence[int]) -> "Prompts":
-        """The prompts with these numbers, in their order."""
+    def at(self, rows: Sequence[int]) -> "Prompts":
+        """The prompts of these rows, in their order; a row may come more than once."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
         return Prompts(
-            texts=[self.texts[i] for i in numbers],
-            tokens=[self.tokens[i] for i in numbers],
-            columns={name: [values[i] for i in numbers] for name, values in self.columns.items()},
+            texts=[self.texts[row] for row in rows], tokens=[self.tokens[row] for row in rows], columns=columns
         )
 
 

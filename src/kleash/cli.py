@@ -1,4 +1,4 @@
-"""The command line: `kleash demo`, `kleash train`, `kleash sweep`, `kleash report`.
+"""The command line: `kleash demo`, `kleash check`, `kleash train`, `kleash sweep`, `kleash report`.
 
 Exit codes: 0 done; 1 the run stopped itself; 2 bad usage or input; 130 interrupted, with a checkpoint saved.
 Results go to stdout, progress and errors to stderr.
@@ -25,6 +25,7 @@ USAGE = f"""\
 kleash {VERSION}: post-train a language model against a reward model, on a KL leash.
 
   kleash demo                   build a small world, train it at three leashes, write the report
+  kleash check  RUN.yaml        try a run out in seconds: PASS, WARN or FAIL, with a remedy each
   kleash train  RUN.yaml        train a policy; any key can be overridden: --leash.beta 0.05
   kleash measure POLICY REFERENCE --prompts FILE     how far a policy has drifted, where, and give or take how much
   kleash sweep  RUN.yaml        train once per value of a key, --leash.beta 0 0.02 0.1 1, and compare
@@ -86,7 +87,14 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: Any, 
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {"demo": _demo, "train": _train, "measure": _measure, "sweep": _sweep, "report": _report}
+    commands = {
+        "demo": _demo,
+        "check": _check,
+        "train": _train,
+        "measure": _measure,
+        "sweep": _sweep,
+        "report": _report,
+    }
     if name not in commands:
         raise ConfigError(f"Expected a command ({', '.join(commands)}), found {name!r}; see kleash --help.")
     return commands[name]
@@ -144,6 +152,70 @@ def _demo(words: list[str]) -> int:
 
     play(asked.out, seed=asked.seed)
     return 0
+
+
+CHECK_HELP = """\
+usage: kleash check RUN.yaml [--KEY VALUE ..] [--json FILE]
+
+Try a run out before it starts: load everything, let the policy answer a few prompts, and look whether what training
+relies on holds. Each check says PASS, WARN or FAIL, what it found, and what to do. Nothing is trained and nothing is
+written into `out`. kleash train does the same first, and stops on a FAIL, unless preflight: false.
+
+  kleash check run.yaml
+  kleash check run.yaml --rollout.temperature 0.7 --json check.json
+
+A key overrides the file, as in kleash train (see kleash train --help for the keys).
+
+options:
+  --json FILE             write there: version, passed, warnings, failed, checks (name, status, found, remedy)
+  --debug                 the traceback of an error
+
+Exit codes: 0 no FAIL; 1 a FAIL; 2 bad usage, or a RUN.yaml that cannot be read.
+"""
+
+
+def _check(words: list[str]) -> int:
+    if {"-h", "--help"} & set(words) or not words:
+        print(CHECK_HELP, end="")
+        return 0 if words else 2
+    from accelerate import PartialState
+
+    from kleash.config import as_words, flags_of, read_config
+    from kleash.parts import Given
+    from kleash.progress import silent_libraries
+    from kleash.run import check_run
+
+    path, *rest = words
+    if path.startswith("-"):
+        raise ConfigError(f"Expected the run's YAML file first, found {path}; see kleash check --help.")
+    flags = list(flags_of(rest))
+    files = [texts for key, texts in flags if key == "json"]
+    if any(len(texts) > 1 for texts in files):
+        raise ConfigError(f"Expected one file for --json, found {' '.join(files[0])}; change it.")
+    config = read_config(path, as_words([(key, texts) for key, texts in flags if key != "json"]))
+    with silent_libraries():
+        checks = check_run(config, Given())
+    _part_processes()
+    if PartialState().is_main_process:
+        _print_checks(checks, Path(files[-1][0]) if files else None)
+    return int(any(check.status == "FAIL" for check in checks))
+
+
+def _print_checks(checks: Any, json_file: Path | None) -> None:
+    import json
+
+    from rich.console import Console
+
+    from kleash.preflight.table import as_json, table_of
+    from kleash.run_directory import write_atomically
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDEST)
+    with console.capture() as capture:
+        console.print(table_of(checks))
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(json_file, json.dumps(as_json(checks), indent=2) + "\n")
 
 
 def _train(words: list[str]) -> int:
@@ -210,9 +282,9 @@ def _measure_arguments(words: list[str], keys: type) -> Any:
     class MeasureArguments:
         """Arguments of `kleash measure`."""
 
-        policy: tyro.conf.Positional[str]
+        policy: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="POLICY")]
         """The model in question: a checkpoint's directory or hub name, or an adapter's directory."""
-        reference: tyro.conf.Positional[str]
+        reference: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REFERENCE")]
         """What its drift is measured to, mostly the model that it started from; the same forms."""
         prompts: str | None = None
         """What the policy answers: a jsonl, json, parquet or csv file, or a data set's name, with a column `prompt`."""
@@ -252,11 +324,13 @@ def _one_sentence_for_bad_values() -> Iterator[None]:
 
 
 def _measure(words: list[str]) -> int:
-    from kleash.measure import MeasureConfig, measure
+    from kleash.measurement import MeasureConfig, measure, require_one_process
 
+    require_one_process()
     asked = _measure_arguments(words, MeasureConfig)
     from rich.console import Console
 
+    from kleash.measure_page import write_measure_page
     from kleash.readout import readout
     from kleash.run_directory import require_place_for, write_atomically
 
@@ -272,11 +346,12 @@ def _measure(words: list[str]) -> int:
         mapped=0 if asked.out is None else RESPONSES_ON_THE_PAGE,
         quiet=False,
     )
-    console = Console(highlight=False)
-    console.print(readout(measured))
+    Console(highlight=False).print(readout(measured))
     if asked.json is not None:
         write_atomically(asked.json, json.dumps(measured.figures, ensure_ascii=False, indent=1) + "\n")
-        print(f"figures  {asked.json}")
+        print(f"\nfigures  {asked.json}")
+    if asked.out is not None:
+        print(f"\npage     {write_measure_page(measured.figures, measured.token_maps, asked.out)}")
     if not measured.narrow_enough:
         print(
             f"kleash: Expected an interval of {asked.config.until}, found a wider one after "

@@ -283,10 +283,15 @@ class RunConfig(BaseModel):
     """When the run's state is saved."""
     samples_per_update: int = Field(4, ge=0)
     """Responses of each update kept in samples.jsonl."""
+    mapped_responses: int = Field(16, ge=0)
+    """Responses kept token by token in token_maps.jsonl: of the first update, and of the last one or the last with a
+    checkpoint."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """auto: bfloat16 autocast on a GPU that has it, float32 elsewhere; weights stay float32."""
     trackers: tuple[str, ...] = ()
     """Experiment trackers that accelerate knows, for example tensorboard or wandb."""
+    preflight: bool = True
+    """Try everything out on a few responses before the first update, as kleash check does, and stop on a FAIL."""
 
     @field_validator("kl", mode="before")
     @classmethod

@@ -11,6 +11,7 @@
     |   |-- RunDirectoryError               a run directory that is missing, taken, or damaged
     |   `-- CheckpointError                 a checkpoint cut short, or one that belongs to another run
     `-- RunStopped (also a RuntimeError)    the run stopped itself; exit code 1
+        |-- PreflightError                  a check before the first update failed
         `-- NonFiniteError                  a loss, gradient or log-prob that is NaN or infinite
 
 A message is one sentence: what was expected, what was found, what to do. What is worth knowing but stops nothing is
@@ -60,6 +61,10 @@ class CheckpointError(InputError):
 
 class RunStopped(KleashError, RuntimeError):
     """The run stopped itself; what it had learnt is in its last checkpoint."""
+
+
+class PreflightError(RunStopped):
+    """A check before the first update failed: training would not have done what it says."""
 
 
 class NonFiniteError(RunStopped):

@@ -128,7 +128,7 @@ def sampled_batches(state: Measuring, config: RolloutConfig, *, seed: int) -> Ba
                 deal.prompts,
                 rollout_of(
                     pair.policy.model,
-                    prompts.chosen(deal.prompts.tolist()),
+                    prompts.at(deal.prompts.tolist()),
                     pair.tokenizer,
                     uniforms=deal.uniforms,
                     config=config,

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.batch import Prompts, Rollout
 from kleash.config import RunConfig, Source
 from kleash.errors import ModelError
+from kleash.language_model import LanguageModel, Models, language_models
 from kleash.models import (
     ValueModel,
     adapter_name,
@@ -25,13 +25,10 @@ from kleash.models import (
     value_model_from_policy,
     value_model_from_reward,
 )
-from kleash.prompts import load_prompts, prompts_of_update, require_prompts, require_room, tokenized_prompts
-from kleash.reference import frozen_copy, require_movable, warn_unless_at_identity, without_adapter
+from kleash.prompts import load_prompts, require_prompts, require_room, tokenized_prompts
+from kleash.reference import frozen_copy, require_movable, without_adapter
 from kleash.rollout import RolloutConfig, rollout_of
-from kleash.scorers import Scorer, WeightedScorer, load_scorer, value_trunk_source
-from kleash.seeds import generator_for
-
-PROBES = 4
+from kleash.scorers import Scorer, WeightedScorer, load_scorer, reward_models, value_trunk_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +52,25 @@ class Parts:
     def vocab(self) -> int:
         """How many tokens both models know; what one of them has beyond is padding."""
         return shared_vocabulary(self.policy, self.reference)
+
+    @property
+    def every_model(self) -> list[nn.Module]:
+        """Policy, references, value model and reward models."""
+        scorers = filter(None, (self.scorer, self.eval_scorer))
+        first = [] if self.first_reference is None else [self.first_reference]
+        judges = [model for scorer in scorers for model in reward_models(scorer)]
+        return [self.policy, self.reference, *first, self.value, *judges]
+
+    def models(self) -> Models:
+        """Policy, references and value model as an update sees them, not yet wrapped for several processes."""
+        policy, reference = language_models(self.policy, self.reference, vocab=self.vocab)
+        first = self.first_reference
+        return Models(
+            policy=policy,
+            value=self.value,
+            reference=reference,
+            first_reference=None if first is None else LanguageModel(first, linear=reference.linear, vocab=self.vocab),
+        )
 
     def rollout(self, model: PreTrainedModel, prompts: Prompts, uniforms: Tensor, config: RolloutConfig) -> Rollout:
         """One response of the policy, or of the reference, to each prompt: see rollout_of."""
@@ -97,7 +113,7 @@ def load_parts(config: RunConfig, given: Given) -> Parts:
     policy.eval()  # type: ignore[no-untyped-call]
     require_learning(policy)
     require_room(prompts, max_new_tokens=config.rollout.max_new_tokens, context=context_length(policy))
-    reference = _reference(config, given, policy, tokenizer, prompts)
+    reference = _reference(config, given, policy, tokenizer)
     follows = config.reference.moves and given.reference is None
     if follows:
         require_movable(reference, policy, averaged=config.reference.kind == "moving_average")
@@ -118,14 +134,12 @@ def load_parts(config: RunConfig, given: Given) -> Parts:
 
 
 def _reference(
-    config: RunConfig, given: Given, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts
+    config: RunConfig, given: Given, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """The reference at the start of the run, frozen."""
     kind, path = config.reference.kind, config.reference.path
     if given.reference is None and kind == "adapter_off":
-        base = without_adapter(policy)
-        warn_unless_at_identity(policy, base, prompts.tokens[0])
-        return base
+        return without_adapter(policy)
     if given.reference is None and path is None:
         return frozen_copy(policy)
     reference = given.reference or load_causal_model(path or "", "reference")
@@ -173,18 +187,3 @@ def scorer_from(source: Source, tokenizer: PreTrainedTokenizerBase) -> Scorer:
         scorers=tuple(load_scorer(part.source, tokenizer) for part in source),
         weights=tuple(part.weight for part in source),
     )
-
-
-def require_working_scorers(parts: Parts, config: RunConfig) -> None:
-    """Score a few real responses before the run starts, so that a broken reward never costs a run.
-
-    Raises:
-      RewardError: the reward or the held-out judge raises, miscounts, or returns NaN or infinity.
-    """
-    probes = min(PROBES, config.rollout.prompts_per_update)
-    prompts = prompts_of_update(parts.prompts, 1, per_update=probes, seed=config.seed)
-    shape = (probes, config.rollout.max_new_tokens)
-    uniforms = torch.rand(shape, dtype=torch.float64, generator=generator_for(config.seed, "probe"))
-    rollout = parts.rollout(parts.policy, prompts, uniforms, config.rollout)
-    for scorer in filter(None, (parts.scorer, parts.eval_scorer)):
-        scorer(prompts, rollout)

@@ -161,7 +161,7 @@ def prompts_of_update(prompts: Prompts, update: int, *, per_update: int, seed: i
     first = (update - 1) * per_update
     passes = range(first // count, (first + per_update - 1) // count + 1)
     order = torch.cat([torch.randperm(count, generator=generator_for(seed, "prompts", n)) for n in passes])
-    return prompts.chosen(order[first - passes.start * count :][:per_update].tolist())
+    return prompts.at(order[first - passes.start * count :][:per_update].tolist())
 
 
 def prompts_fingerprint(prompts: Prompts) -> str:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from kleash.estimators import Interval
 from kleash.measured import MeasuredDrift
-from kleash.report import likelihood, visible
+from kleash.page import likelihood, visible
 from kleash.tally import KL
 from kleash.token_class import TOKEN_CLASSES
 

@@ -7,17 +7,14 @@ start. So a run with such a one measures the KL to its first reference as well.
     periodic         ref <- policy, after every so many updates
 """
 
-import warnings
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kleash.divergence import kl_divergence
-from kleash.errors import KleashWarning, ModelError
-from kleash.logprobs import full_log_probs
-from kleash.models import adapter_name, copied, frozen, learning_names, response_logits
+from kleash.errors import ModelError
+from kleash.models import adapter_name, copied, frozen, learning_names
 
 
 def frozen_copy(model: PreTrainedModel, *, own: Collection[str] | None = None) -> PreTrainedModel:
@@ -55,29 +52,6 @@ def without_adapter(policy: PreTrainedModel) -> PreTrainedModel:
             base.set_submodule(name, module.original_module)
     del base.peft_config
     return base
-
-
-@torch.no_grad()
-def warn_unless_at_identity(policy: PreTrainedModel, base: PreTrainedModel, prompt: list[int]) -> None:
-    """KleashWarning when the policy's adapter already changes what it says after a prompt.
-
-    Args:
-      policy: with its adapter on.
-      base: the same model without it.
-      prompt: token ids.
-    """
-    tokens = torch.tensor([[*prompt, prompt[-1]]], device=policy.device)  # the last one is only where logits end
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    logits, ref_logits = (response_logits(model, tokens, mask, len(prompt)) for model in (policy, base))
-    if not torch.equal(logits, ref_logits):
-        kl = float(kl_divergence(full_log_probs(logits), full_log_probs(ref_logits)).mean())
-        warnings.warn(
-            "Expected an adapter that changes nothing yet, since the reference is the base model (adapter_off), found "
-            f"KL(policy || reference) {kl:.3g} nats per token on the first prompt: the KL is above 0 before the first "
-            "update; the reference copy measures from the policy's start.",
-            KleashWarning,
-            stacklevel=2,
-        )
 
 
 def require_movable(reference: PreTrainedModel, policy: PreTrainedModel, *, averaged: bool) -> None:

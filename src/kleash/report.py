@@ -6,26 +6,22 @@ intervals in the records allow. Everything that a model or a user wrote is escap
 content-security policy forbids every network request and every script but its own two.
 """
 
-import hashlib
 import html
-import importlib.resources
 import json
 import math
-import os
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from plotly.colors import sample_colorscale, unlabel_rgb
-from plotly.offline import get_plotlyjs
 
 from kleash.alarms import FIRST_KL, KL, figure_of
+from kleash.drift_tables import bar_width, drawn_positions, drift_summary, objects, total_drift
 from kleash.errors import InputError, RunDirectoryError
 from kleash.frontier import Frontier, frontier_from_json
+from kleash.page import INKS, prompt_text, rendered, require_file_name, short, write_page
+from kleash.shading import MapSet, shaded
 from kleash.verdict import (
     ARROW,
     Record,
@@ -36,12 +32,10 @@ from kleash.verdict import (
     comparison_verdict,
     drift,
     frontier_sentences,
-    interval,
     judge_change,
     judge_name,
     leash_figure,
     noted_alarms,
-    number,
     pointers,
     reference_moves,
     run_verdict,
@@ -49,7 +43,6 @@ from kleash.verdict import (
     series,
     windows,
 )
-from kleash.version import VERSION
 
 DRAWN = (
     *("update", "score_mean", "score_low", "score_high", "eval_score_mean", "eval_score_low", "eval_score_high"),
@@ -61,23 +54,9 @@ DRAWN = (
 NOT_DRAWN_AT = {"leash_loss": 0, "share_of_k1": 0}  # all along: it is another form of the leash
 PHASES = ("sampling", "rewarding", "scoring", "optimising")
 MOST_POINTS = 1000  # drawn per line
-MOST_BARS = 60  # over the positions of a response
 SAMPLES_SHOWN = 3  # per update and run
 CURVE_POINTS = 80
-INKS = {  # of the runs, on a light and on a dark page
-    "light": ("#0072b2", "#d55e00", "#00875f", "#b3568f", "#b07900", "#2f93c9"),
-    "dark": ("#4fb0ec", "#ff8b45", "#2fcb9b", "#e391c3", "#f0b93a", "#a5d8f7"),
-}
 RAMP = {"light": (0.0, 0.85), "dark": (0.25, 1.0)}  # of Viridis, where there are more runs than inks
-TOKEN_CLASSES = {
-    "first_token": ("First token", "of each response"),
-    "eos": ("EOS", "where the policy chose to stop"),
-    "special": ("Special", "other special and template tokens"),
-    "other": ("Other", "all the rest"),
-}
-WHITESPACE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}  # open box, return arrow, tab arrow
-CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
-
 
 # --- reading ---------------------------------------------------------------------------------------------
 
@@ -108,6 +87,7 @@ def read_run(path: Path, label: str) -> Run:
         alarms=read_lines(path / "alarms.jsonl"),
         roll_backs=read_lines(path / "roll_backs.jsonl", "roll_back"),
         drift_maps=read_drift_maps(path / "drift.jsonl"),
+        token_maps=read_lines(path / "token_maps.jsonl"),
     )
 
 
@@ -183,14 +163,6 @@ def read_sweep(path: Path) -> tuple[list[Record], Frontier]:
 # --- the page --------------------------------------------------------------------------------------------
 
 
-def prompt_text(prompt: object) -> str:
-    """A prompt as text: itself, or 'role: content' for each chat message."""
-    if not isinstance(prompt, list):
-        return str(prompt)
-    messages = (turn if isinstance(turn, dict) else {"content": turn} for turn in prompt)
-    return "\n".join(f"{turn.get('role', 'message')}: {turn.get('content', '')}" for turn in messages)
-
-
 def sample_sections(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Samples of each run's first and last sampled update, by prompt: headings, each with its groups.
 
@@ -235,154 +207,6 @@ def add_card(cards: list[dict[str, Any]], row: Record, stage: str, index: int) -
     cards.append({"stage": stage, "runs": [index], "response": response, "at": row["update"], "cut": cut, **numbers})
 
 
-# --- where it drifts -------------------------------------------------------------------------------------
-
-
-def objects(row: Record, key: str) -> list[Record]:
-    """The objects of a list in a record; none where it holds no such list."""
-    found = row.get(key)
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
-
-
-def kl_by_position(row: Record) -> list[float]:
-    """Nats per sequence at each position that a response reached; they add up to the drift."""
-    return [figure_of(entry, KL) or 0.0 for entry in objects(row, "by_position")]
-
-
-def total_drift(row: Record) -> float:
-    """KL(policy || reference) of the update of a drift map, nats per sequence."""
-    return math.fsum(kl_by_position(row))
-
-
-def drawn_positions(row: Record, width: int) -> dict[str, Any]:
-    """The drift by position as bars of `width` positions each: first, last, their nats, how many responses got there.
-
-    Nats per sequence, not per response that gets so far: so the bars add up to the drift, and those of the last
-    positions, where few responses get, do not stand out by chance.
-    """
-    kl = kl_by_position(row)
-    reached = [figure_of(entry, "sequences") for entry in objects(row, "by_position")]
-    firsts = range(0, len(kl), width)
-    return {
-        "update": row["update"],
-        "first": list(firsts),
-        "last": [min(first + width, len(kl)) - 1 for first in firsts],
-        "kl": [float(f"{math.fsum(kl[first : first + width]):.5g}") for first in firsts],
-        "reached": [reached[first] for first in firsts],
-    }
-
-
-def bar_width(runs: Sequence[Run]) -> int:
-    """Positions in a bar, the same for all runs."""
-    longest = max((len(objects(row, "by_position")) for run in runs for row in run.drift_maps), default=0)
-    return max(1, math.ceil(longest / MOST_BARS))
-
-
-def drift_summary(run: Run) -> dict[str, Any] | None:
-    """The last drift map as the template reads it; None where the run recorded none, or never drifted."""
-    if not run.drift_maps:
-        return None
-    row = run.drift_maps[-1]
-    total = total_drift(row)
-    return {
-        "update": row["update"],
-        "total": total,
-        "lead": drift_lead(row),
-        "classes": class_rows(row),
-        "places": [place_row(entry) for entry in objects(row, "top_tokens")],
-        "types": [type_row(entry, total) for entry in objects(row, "drifted_tokens")],
-    }
-
-
-def drift_lead(row: Record) -> str:
-    """In which positions half of the drift lies.
-
-    >>> rows = [{"kl_policy_ref_per_sequence": kl} for kl in (0.5, 0.7, 0.4, 0.4)]
-    >>> drift_lead({"by_position": rows})
-    'Half of the drift lies in the first 2 of 4 positions.'
-    """
-    kl = kl_by_position(row)
-    half, passed, count = math.fsum(kl) / 2, 0.0, 0
-    while count < len(kl) and passed < half:
-        passed, count = passed + kl[count], count + 1
-    where = "at the first" if count == 1 else f"in the first {count}"
-    return f"Half of the drift lies {where} of {len(kl)} positions." if len(kl) > 1 else "All responses are one token."
-
-
-def class_rows(row: Record) -> list[dict[str, Any]]:
-    """Each class of tokens that was drawn: its share of the tokens beside its share of the drift."""
-    by_class = row.get("by_class")
-    found = {name: part for name, part in by_class.items() if isinstance(part, dict)} if by_class else {}
-    counts = {name: figure_of(part, "tokens") or 0.0 for name, part in found.items()}
-    kl = {name: figure_of(part, KL) or 0.0 for name, part in found.items()}
-    tokens, total = math.fsum(counts.values()), math.fsum(kl.values())
-    return [
-        {
-            "name": TOKEN_CLASSES.get(name, (name, ""))[0],
-            "note": TOKEN_CLASSES.get(name, (name, ""))[1],
-            "share_of_tokens": counts[name] / tokens,
-            "share_of_kl": kl[name] / total if total > 0 else 0.0,
-            "per_token": figure_of(part, "kl_policy_ref_per_token"),
-        }
-        for name, part in found.items()
-        if counts[name]
-    ]
-
-
-def place_row(entry: Record) -> dict[str, Any]:
-    """One place of large drift: what stood there, and how probable it was to policy and reference."""
-    return {
-        "token": visible(entry.get("token")),
-        "context": str(entry.get("context") or "").replace("\n", WHITESPACE["\n"]),
-        "position": entry.get("position"),
-        "kl": figure_of(entry, "kl_policy_ref"),
-        "policy": figure_of(entry, "policy_prob"),
-        "ref": figure_of(entry, "ref_prob"),
-        "likelihood": likelihood(figure_of(entry, "ratio")),
-    }
-
-
-def type_row(entry: Record, total: float) -> dict[str, Any]:
-    """A token and the drift at all places where the policy drew it."""
-    kl = figure_of(entry, KL) or 0.0
-    return {
-        "token": visible(entry.get("token")),
-        "count": entry.get("count"),
-        "kl": kl,
-        "share": kl / total,
-        "likelihood": likelihood(figure_of(entry, "mean_ratio")),
-    }
-
-
-def likelihood(ratio: float | None) -> str:
-    """The ratio policy / reference of a token's probabilities in words.
-
-    >>> [likelihood(ratio).replace("\u00d7", "x") for ratio in (5.0, 0.147, 1.04, 1.06, 123.4)]
-    ['5.0x more likely', '6.8x less likely', 'about as likely', '1.1x more likely', '120x more likely']
-    """
-    if ratio is None or ratio <= 0:
-        return "-"
-    factor = max(ratio, 1 / ratio)
-    if factor < 1.05:
-        return "about as likely"
-    size = f"{factor:.1f}" if factor < 10 else f"{float(f'{factor:.2g}'):,.0f}" if factor < 1e9 else f"{factor:.0e}"
-    return f"{size}\u00d7 {'more' if ratio > 1 else 'less'} likely"
-
-
-def visible(token: object) -> str:
-    """A token with its spaces and all characters that cannot be seen written out.
-
-    >>> visible(" Use\u200b").isascii(), visible(" Use\u200b")[1:], visible("")
-    (False, 'UseU+200B', '(empty)')
-    """
-    unseen = ("C", "Z")  # categories: control, format, surrogate and unassigned characters; separators
-    marks = (
-        WHITESPACE.get(mark) or (f"U+{ord(mark):04X}" if unicodedata.category(mark)[0] in unseen else mark)
-        for mark in str(token if token is not None else "")
-    )
-    return "".join(marks) or "(empty)"
-
-
 # --- what was trained ------------------------------------------------------------------------------------
 
 
@@ -415,17 +239,6 @@ def leash_text(run: Run) -> str:
     parts += [f"budget {target:g} nats"] if target is not None else []
     parts += [f"ceiling {ceiling:g} nats"] if ceiling is not None else []
     return ", ".join(parts + ([f"{run.config['kl']} KL"] if "kl" in run.config else []))
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(7.3), duration(192), duration(7500)
-    ('7.3 s', '3 min 12 s', '2 h 5 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def phase_seconds(run: Run) -> dict[str, float]:
@@ -476,12 +289,6 @@ def beta_text(run: Run) -> str:
     if not known:
         return "-"
     return f"{known[0]:.3g}" if len(set(known)) == 1 else f"{known[0]:.3g} {ARROW} {known[-1]:.3g}"
-
-
-def short(source: object) -> str:
-    """A model or prompt source as a few words: a long path keeps its last two parts."""
-    text = source if isinstance(source, str) else json.dumps(source, default=str)
-    return text if len(text) <= 32 or not isinstance(source, str) else "/".join(Path(text).parts[-2:])
 
 
 def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
@@ -585,15 +392,41 @@ def best_of_n_rows(frontier: Frontier | None) -> list[dict[str, Any]]:
     ]
 
 
-def embedded_json(data: object) -> Markup:
-    """JSON that no HTML parser can leave: the characters <, > and & appear only as escapes."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return Markup(text.translate({ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&"}))
+# --- token by token --------------------------------------------------------------------------------------
 
 
-def shown(text: object) -> str:
-    """Text with its control characters made visible."""
-    return str(text).translate(CONTROL_PICTURES)
+def map_sets(runs: Sequence[Run]) -> list[MapSet]:
+    """What the page shows token by token: one run's first and newest mapped responses; of several, each run's newest.
+
+    The first of several runs whose first update was mapped gives the responses before training.
+    """
+    newest = [(place, rows) for place, run in enumerate(runs) if (rows := maps_at(run, -1))]
+    first = next((rows for run in runs if (rows := maps_at(run, 0))), [])
+    if not newest:
+        return []
+    named = {place: f"Update {rows[0]['update']}" if len(runs) == 1 else runs[place].label for place, rows in newest}
+    # the page opens with the run that drifted farthest; its responses have the short addresses
+    shown_first = max(newest, key=lambda pair: mean_drift(pair[1]))[0]
+    keys = {place: "" if place == shown_first else f"run-{place + 1}-" for place, _ in newest}
+    ends = [MapSet(named[place], keys[place], rows) for place, rows in newest]
+    began = first[0]["update"]
+    if len(runs) == 1 and began == newest[0][1][0]["update"]:
+        return ends
+    return [MapSet("Before training" if began == 1 else f"Update {began}", f"update-{began}-", first), *ends]
+
+
+def maps_at(run: Run, which: int) -> list[Record]:
+    """A run's token maps of its first (0) or newest (-1) mapped update."""
+    updates = sorted({row["update"] for row in run.token_maps})
+    return [row for row in run.token_maps if row["update"] == updates[which]]
+
+
+def mean_drift(rows: Sequence[Record]) -> float:
+    """Mean exact KL of some token maps, nats per sequence."""
+    return math.fsum(figure_of(row, KL) or 0.0 for row in rows) / len(rows)
+
+
+# --- the page --------------------------------------------------------------------------------------------
 
 
 def page(runs: Sequence[Run], title: str | None, frontier: Frontier | None = None) -> str:
@@ -611,33 +444,29 @@ def page(runs: Sequence[Run], title: str | None, frontier: Frontier | None = Non
     ]
     judge = judge_name(runs) if any(judge_change(run) for run in runs) else None
     longest = max((moved.mean for run in runs if (moved := drift(run))), default=0.0)
-    data = embedded_json({"runs": drawn_runs, "judge": judge, "frontier": drawn_frontier(frontier)})
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "interval": interval, "duration": duration, "shown": shown}
-    template = importlib.resources.files("kleash").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
-        title=title or (f"{len(runs)} runs compared" if compared else runs[0].label),
-        verdict=comparison_verdict(runs) if compared else run_verdict(runs[0]),
-        judge=judge,
-        facts=facts(runs),
-        runs=[summary(run, longest) for run in runs],
-        config=config_rows(runs),
-        samples=sample_sections(runs),
-        curve=frontier.curve if frontier else None,
-        best_of_n=best_of_n_rows(frontier),
-        frontier_sentences=frontier_sentences(frontier, runs) if frontier else [],
-        inks={theme: inks(len(runs), theme) for theme in INKS},
-        marks={
+    maps = shaded(map_sets(runs))
+    words = {
+        "title": title or (f"{len(runs)} runs compared" if compared else runs[0].label),
+        "verdict": comparison_verdict(runs) if compared else run_verdict(runs[0]),
+        "judge": judge,
+        "facts": facts(runs),
+        "runs": [summary(run, longest) for run in runs],
+        "config": config_rows(runs),
+        "samples": sample_sections(runs),
+        "curve": frontier.curve if frontier else None,
+        "best_of_n": best_of_n_rows(frontier),
+        "frontier_sentences": frontier_sentences(frontier, runs) if frontier else [],
+        "inks": {theme: inks(len(runs), theme) for theme in INKS},
+        "marks": {
             "alarms": any(run.alarms for run in runs),
             "given_up": any(run.roll_backs for run in runs),
             "bar_width": width,
             "halfway": runs[0].drift_maps[0]["update"] if len(runs[0].drift_maps) > 1 else None,
         },
-        data=data,
-        nonce=hashlib.sha256(data.encode()).hexdigest()[:32],
-        plotly=Markup(get_plotlyjs()),
-        version=VERSION,
-    )
+        "maps": bool(maps),
+    }
+    data = {"runs": drawn_runs, "judge": judge, "frontier": drawn_frontier(frontier), "maps": maps}
+    return rendered("report.html.j2", data=data, words=words)
 
 
 def write_report(
@@ -652,7 +481,7 @@ def write_report(
 
     Args:
       runs: run directories, each with config.yaml and records.jsonl; timings.jsonl, samples.jsonl, alarms.jsonl,
-        roll_backs.jsonl and drift.jsonl are used when there.
+        roll_backs.jsonl, drift.jsonl and token_maps.jsonl are used when there.
       out: the page; replaced in one step, so that a reader never sees half of it.
       labels: the runs' names on the page; their directories' names otherwise.
       title: the page's title; made from the labels otherwise.
@@ -663,17 +492,8 @@ def write_report(
       InputError: no runs, another number of labels than of runs, or `out` is a directory.
     """
     out = Path(out)
-    if out.is_dir():
-        raise InputError(f"{out} is a directory: name the page to write, such as {out / 'report.html'}.")
-    text = page(read_runs(runs, labels), title, frontier)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(text.encode("utf-8", errors="replace"))
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
-    return out
+    require_file_name(out, "report.html")
+    return write_page(page(read_runs(runs, labels), title, frontier), out)
 
 
 def write_sweep_report(sweep: Path, out: Path | None = None) -> Path:

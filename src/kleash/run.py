@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
 from kleash.alarms import AlarmContext, AlarmWatch
 from kleash.checkpoint import (
@@ -27,17 +27,18 @@ from kleash.checkpoint import (
 )
 from kleash.config import CONTROLLERS, RunConfig, config_as_yaml
 from kleash.drift import Record
-from kleash.errors import ConfigError, KleashWarning, RunDirectoryError
+from kleash.errors import ConfigError, InputError, KleashWarning, PreflightError, RunDirectoryError
 from kleash.first_beta import first_beta
 from kleash.kl_form import FORMS
-from kleash.language_model import LanguageModel, Models, language_models
+from kleash.language_model import Models
 from kleash.leash import Leash
 from kleash.models import fingerprint, trainable_parameters
-from kleash.parts import Given, Parts, load_parts, require_working_scorers
+from kleash.parts import Given, Parts, load_parts
+from kleash.preflight.check import Check, of_loading
+from kleash.preflight.checks import preflight
 from kleash.prompts import prompts_fingerprint
 from kleash.reference import move_towards
 from kleash.run_directory import RunDirectory
-from kleash.scorers import reward_models
 
 
 @dataclass(kw_only=True)
@@ -103,12 +104,10 @@ def run_from(config: RunConfig, given: Given, *, resume: bool) -> Run:
     accelerator = _accelerator(config)
     _require_even_shares(config, accelerator.num_processes)
     parts = load_parts(config, given)
-    first = [] if parts.first_reference is None else [parts.first_reference]
-    for model in (parts.policy, parts.reference, *first, parts.value, *_scoring_models(parts)):
-        model.to(accelerator.device)
-    with accelerator.autocast():
-        require_working_scorers(parts, config)
-    run = _assembled(config, directory, accelerator, parts)
+    models = _on_the_device(parts, accelerator)
+    if config.preflight:
+        _require_sound(_checks(parts, models, config, accelerator), accelerator)
+    run = _assembled(config, directory, accelerator, parts, models)
     if going_on and accelerator.is_main_process:
         clear_up(directory.checkpoints)
     accelerator.wait_for_everyone()
@@ -128,6 +127,62 @@ def run_from(config: RunConfig, given: Given, *, resume: bool) -> Run:
     run.records = directory.lines("records.jsonl")
     run.watch = alarm_watch(config, run.records)
     return run
+
+
+def check_run(config: RunConfig, given: Given) -> list[Check]:
+    """The self-test of a configuration, `kleash check`; what does not load is a FAIL like any other.
+
+    Raises:
+      ConfigError: processes or trackers that cannot be had.
+    """
+    accelerator = _accelerator(config)
+    _require_even_shares(config, accelerator.num_processes)
+    try:
+        parts = load_parts(config, given)
+    except InputError as error:
+        return [of_loading(error)]
+    return _checks(parts, _on_the_device(parts, accelerator), config, accelerator)
+
+
+def _on_the_device(parts: Parts, accelerator: Accelerator) -> Models:
+    for model in parts.every_model:
+        model.to(accelerator.device)
+    return parts.models()
+
+
+def _checks(parts: Parts, models: Models, config: RunConfig, accelerator: Accelerator) -> list[Check]:
+    return preflight(parts, models, config, autocast=accelerator.autocast, processes=accelerator.num_processes)
+
+
+def _require_sound(checks: list[Check], accelerator: Accelerator) -> None:
+    """Say what is doubtful, and raise what failed, on every process if on one.
+
+    Raises:
+      InputError: a failure that the caller's input has caused, in its own words.
+      PreflightError: any other.
+    """
+    if accelerator.is_main_process:
+        for check in checks:
+            if check.status == "WARN":
+                words = f"Before the first update, {check.name}: {check.found}; {check.remedy}."
+                warnings.warn(words, KleashWarning, stacklevel=3)
+    failing = [check for check in checks if check.status == "FAIL"]
+    anywhere = accelerator.reduce(torch.tensor(float(len(failing)), device=accelerator.device), "sum")
+    if not bool(anywhere > 0):
+        return
+    if not failing:
+        raise PreflightError(
+            "Expected every check before the first update to pass, found that one failed on another process; see its "
+            "error."
+        )
+    known = [check.error for check in failing if check.error is not None]
+    if known:
+        raise known[0]
+    names = ", ".join(check.name for check in failing)
+    raise PreflightError(
+        f"Expected every check before the first update to pass, found that {names} failed ({failing[0].found}); "
+        f"{failing[0].remedy} (kleash check RUN.yaml shows the whole table; preflight: false trains regardless)."
+    )
 
 
 def _first_beta(run: Run) -> float:
@@ -183,11 +238,9 @@ def _require_even_shares(config: RunConfig, processes: int) -> None:
         )
 
 
-def _scoring_models(parts: Parts) -> list[PreTrainedModel]:
-    return [model for scorer in filter(None, (parts.scorer, parts.eval_scorer)) for model in reward_models(scorer)]
-
-
-def _assembled(config: RunConfig, directory: RunDirectory, accelerator: Accelerator, parts: Parts) -> Run:
+def _assembled(
+    config: RunConfig, directory: RunDirectory, accelerator: Accelerator, parts: Parts, models: Models
+) -> Run:
     ppo = config.ppo
     optimizer = torch.optim.AdamW(
         list(trainable_parameters(parts.policy, parts.value)),
@@ -199,16 +252,13 @@ def _assembled(config: RunConfig, directory: RunDirectory, accelerator: Accelera
     )
     shape = {"constant": "constant_with_warmup"}.get(ppo.learning_rate_schedule, ppo.learning_rate_schedule)
     scheduler = get_scheduler(shape, optimizer, num_warmup_steps=ppo.warmup_updates, num_training_steps=config.updates)
-    language_model, reference = language_models(parts.policy, parts.reference, vocab=parts.vocab)
-    first = parts.first_reference
-    first_reference = None if first is None else LanguageModel(first, linear=reference.linear, vocab=parts.vocab)
-    policy, value, prepared_optimizer = accelerator.prepare(language_model, parts.value, optimizer)
+    policy, value, prepared_optimizer = accelerator.prepare(models.policy, models.value, optimizer)
     return Run(
         config=config,
         directory=directory,
         accelerator=accelerator,
         parts=parts,
-        models=Models(policy=policy, value=value, reference=reference, first_reference=first_reference),
+        models=replace(models, policy=policy, value=value),
         optimizer=prepared_optimizer,
         scheduler=scheduler,
         leash=config.leash.build(beta=config.leash.beta_min if config.leash.beta == "auto" else None),
@@ -220,14 +270,14 @@ def _assembled(config: RunConfig, directory: RunDirectory, accelerator: Accelera
 def _require_same_config(directory: RunDirectory, config: RunConfig) -> None:
     """Raise RunDirectoryError unless the run was started with this configuration.
 
-    `updates` may grow while the learning rate is constant, and checkpoints may come at other times: neither
-    changes what an update does.
+    `updates` may grow while the learning rate is constant, checkpoints may come at other times, and the checks before
+    the first update may be left out: none of it changes what an update does.
     """
     if not directory.config.exists():
         raise RunDirectoryError(f"Expected {directory.config} of the run to resume, found none; start a new run.")
     saved = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
     asked = yaml.safe_load(config_as_yaml(config))
-    free = {"out", "checkpoint", "trackers"}
+    free = {"out", "checkpoint", "trackers", "preflight"}
     if config.ppo.learning_rate_schedule == "constant":
         free.add("updates")
     different = sorted(key for key in asked if key not in free and asked[key] != saved.get(key))

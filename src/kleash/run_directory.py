@@ -5,6 +5,7 @@ RUN/records.jsonl      one line per update, every figure of the glossary
 RUN/drift.jsonl        where the policy drifts: by position, class and token, one line per update
 RUN/timings.jsonl      seconds by phase, one line per update (apart, since no two runs agree on them)
 RUN/samples.jsonl      some responses of every update
+RUN/token_maps.jsonl   some responses of the first and of the newest mapped update, token by token
 RUN/alarms.jsonl       every alarm that was raised
 RUN/roll_backs.jsonl   one line per roll-back, with the records that were given up
 RUN/checkpoints/N/     the state after N updates
@@ -21,7 +22,7 @@ from typing import Any
 
 from kleash.errors import RunDirectoryError
 
-LINE_FILES = ("records.jsonl", "drift.jsonl", "timings.jsonl", "samples.jsonl", "alarms.jsonl")
+LINE_FILES = ("records.jsonl", "drift.jsonl", "timings.jsonl", "samples.jsonl", "token_maps.jsonl", "alarms.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,12 @@ class RunDirectory:
     def append(self, file: str, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows to a line file, one JSON object each, flushed before returning."""
         with (self.path / file).open("a", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+            lines.writelines(map(line_of, rows))
+
+    def renew(self, file: str, rows: Sequence[dict[str, Any]], *, kept: int) -> None:
+        """Put rows in place of all those of a line file but the ones of an update that is kept."""
+        old = [row for row in self.lines(file) if row["update"] == kept and row["update"] != rows[0]["update"]]
+        write_atomically(self.path / file, "".join(map(line_of, [*old, *rows])))
 
     def lines(self, file: str) -> list[dict[str, Any]]:
         """The rows of a line file, none if it is not there."""
@@ -98,6 +104,11 @@ class RunDirectory:
             lines = path.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)[key] <= last]
             write_atomically(path, b"".join(kept).decode())
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row as the line of a file."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def require_place_for(file: Path) -> None:

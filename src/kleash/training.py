@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import set_seed
@@ -36,6 +36,7 @@ from kleash.interrupt import Stop, stop_on_signals
 from kleash.kl_form import FORMS, KLName
 from kleash.leash import Measurement
 from kleash.models import causal_model, load_tokenizer
+from kleash.pair import ModelOrPath
 from kleash.parts import Given
 from kleash.ppo import PPOConfig, minibatches_of, ppo_update
 from kleash.progress import RunProgress, silent_libraries
@@ -43,6 +44,7 @@ from kleash.prompts import prompts_of_update
 from kleash.report import write_report
 from kleash.rollout import RolloutConfig
 from kleash.run import Run, run_from, save, write_checkpoint
+from kleash.samples import Rows, samples_of, token_maps_of
 from kleash.scorers import FunctionScorer, RewardFunction, Scorer, model_scorer
 from kleash.scoring import Scored, score_rollout
 from kleash.seeds import derived_seed, generator_for
@@ -116,7 +118,7 @@ def train_run(config: RunConfig, given: Given, *, resume: bool = False, quiet: b
 def _loop(run: Run, progress: RunProgress, stop: Stop) -> None:
     while run.completed < run.config.updates:
         try:
-            record, drift, timings, samples = update(run, run.completed + 1)
+            record, drift, timings, samples, maps = update(run, run.completed + 1)
         except NonFiniteError as error:
             progress.say(rescued(run, error))
             continue
@@ -125,6 +127,8 @@ def _loop(run: Run, progress: RunProgress, stop: Stop) -> None:
             run.directory.append("drift.jsonl", [drift])
             run.directory.append("timings.jsonl", [timings])
             run.directory.append("samples.jsonl", samples)
+            if maps:
+                run.directory.renew("token_maps.jsonl", maps, kept=1)
         run.accelerator.log({key: value for key, value in record.items() if value is not None}, step=run.completed)
         progress.show(record, timings)
         _guard(run, record, progress)
@@ -150,8 +154,10 @@ def _anyone(run: Run, flag: bool) -> bool:
     return bool(run.add_up(torch.tensor(float(flag), device=run.accelerator.device)) > 0)
 
 
-def update(run: Run, number: int) -> tuple[Record, dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-    """One update, from prompts to drift; returns its record, its drift map, its seconds by phase, and some samples.
+def update(run: Run, number: int) -> tuple[Record, dict[str, Any], dict[str, Any], Rows, Rows]:
+    """One update, from prompts to drift.
+
+    Returns its record, its drift map, its seconds by phase, some samples, and some of them token by token.
 
     A reference that follows the policy moves after the PPO steps, so the next update is the first to be measured to it.
     """
@@ -174,6 +180,8 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], dict[str, Any
                 keep_ref_states=form.in_loss == "exact",
             )
         figures, tokens = _gathered(run, rollout, scored, scores, eval_scores)
+        samples = samples_of(number, prompts, rollout, figures, count=config.samples_per_update)
+        maps = token_maps_of(run, number, prompts, rollout, figures, tokens)
         aim = targets_of(rollout, scored, scores, config.ppo, form=form, beta=run.leash.beta, reduce=run.add_up)
         with clock.phase("optimising"):
             run.weights_are_between_updates = False
@@ -212,7 +220,7 @@ def update(run: Run, number: int) -> tuple[Record, dict[str, Any], dict[str, Any
         run.scheduler.step()
         run.completed = number
         drift = drift_map(number, tokens, run.parts.tokenizer)
-    return record, drift, {"update": number, **clock.seconds}, _samples(run, number, prompts, rollout, figures)
+    return record, drift, {"update": number, **clock.seconds}, samples, maps
 
 
 def sampled(run: Run, number: int) -> tuple[Prompts, Rollout]:
@@ -267,27 +275,6 @@ def _gathered(
     return SequenceFigures(**{"eval_scores": None, **of_sequences}), TokenFigures(**gather(of_tokens))
 
 
-def _samples(
-    run: Run, number: int, prompts: Prompts, rollout: Rollout, figures: SequenceFigures
-) -> list[dict[str, Any]]:
-    """Rows for samples.jsonl: the first prompts of the update, which the main process holds."""
-    count = min(run.config.samples_per_update, len(prompts))
-    return [
-        {
-            "update": number,
-            "index": i,
-            "prompt": prompts.texts[i],
-            "response": rollout.completions[i],
-            "score": float(figures.scores[i]),
-            "eval_score": None if figures.eval_scores is None else float(figures.eval_scores[i]),
-            "kl_policy_ref_per_sequence": float(figures.kl_policy_ref[i]),
-            "response_length": int(figures.length[i]),
-            "finished": bool(figures.finished[i]),
-        }
-        for i in range(count)
-    ]
-
-
 def _flat(config: RunConfig) -> dict[str, Any]:
     """The configuration as one level of dotted keys, for trackers."""
     flat: dict[str, Any] = {}
@@ -300,10 +287,6 @@ def _flat(config: RunConfig) -> dict[str, Any]:
     return flat
 
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-ModelOrPath: TypeAlias = "PreTrainedModel | PeftModel | str | Path"
 Reward: TypeAlias = RewardFunction | PreTrainedModel | str | Path
 
 
@@ -325,6 +308,7 @@ def train(
     updates: int = 100,
     seed: int = 0,
     checkpoint: CheckpointConfig | None = None,
+    preflight: bool = True,
     resume: bool = False,
     quiet: bool = False,
 ) -> RunResult:
@@ -344,6 +328,7 @@ def train(
       leash: None = a fixed beta of 0.05.
       rollout, ppo, alarms, checkpoint: None = their defaults.
       updates, seed: length of the run, and what every random number follows from.
+      preflight: try everything out on a few responses before the first update, and stop on a fault.
       resume: go on from the newest checkpoint in `out`.
       quiet: no progress on stderr.
 
@@ -352,7 +337,7 @@ def train(
 
     Raises:
       InputError: something given cannot be used; found before the first step wherever possible.
-      RunStopped: the run stopped itself: on a loss that is not finite, by an alarm, or above its ceiling.
+      RunStopped: the run stopped itself: on a failed check, a loss that is not finite, an alarm, or its ceiling.
     """
     content = {
         "policy": _name(policy),
@@ -370,6 +355,7 @@ def train(
         "updates": updates,
         "seed": seed,
         "checkpoint": checkpoint or CheckpointConfig(),
+        "preflight": preflight,
     }
     config = config_from(content, "the arguments of kleash.train")
     tokenizer = tokenizer or _tokenizer_of(policy)

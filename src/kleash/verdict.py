@@ -26,6 +26,7 @@ class Run:
     """One run directory, read.
 
     drift_maps: of the update halfway, where it drifted, and of the last update that did.
+    token_maps: responses of the first and of the newest mapped update, token by token.
     """
 
     label: str
@@ -36,6 +37,7 @@ class Run:
     alarms: Sequence[Record] = ()
     roll_backs: Sequence[Record] = ()
     drift_maps: Sequence[Record] = ()
+    token_maps: Sequence[Record] = ()
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,10 @@ def _require_one_source(prompts: object, responses: object, config: MeasureConfi
             raise ConfigError(f"Expected {name} with prompts to answer, found given responses; leave it out.")
     if config.at_most is not None and config.until is None:
         raise ConfigError("Expected at_most with until, found it alone; say samples for a number of responses.")
+
+
+def require_one_process() -> None:
+    """Raise ConfigError under a launcher of several processes, each of which would measure the same."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("Expected one process, found several; measure without a launcher.")
 

@@ -13,8 +13,8 @@ from stream import covered, require_what_measure_says, stream_of, width
 from tiny import LIVELY, PROMPTS, WORDS, tiny_policy, tiny_tokenizer
 
 from kleash.errors import ConfigError, ModelError, NonFiniteError, PromptError
-from kleash.measure import MeasureConfig, measure
 from kleash.measured import MeasuredDrift
+from kleash.measurement import MeasureConfig, measure
 
 INTERVALS = [
     "kl_policy_ref_per_sequence",
