@@ -22,11 +22,11 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from kleash.measurement import FEWEST, MOST
 from pairs import FOUR, MANY, EnumerablePair
 from stream import Intervals, Stream, covered, require_what_measure_says, stream_of, width
 
 from kleash.estimators import Interval
+from kleash.measurement import FEWEST, MOST
 from kleash.plan import Plan
 from kleash.precision import precision_from
 from kleash.seeds import derived_seed

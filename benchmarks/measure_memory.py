@@ -21,8 +21,9 @@ import tyro
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from kleash.measurement import MeasureConfig, measure
 from tiny import tiny_tokenizer
+
+from kleash.measurement import MeasureConfig, measure
 
 MIB = 2**20
 

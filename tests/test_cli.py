@@ -710,7 +710,7 @@ def test_measure_of_bad_usage_is_one_sentence_and_ends_with_2(
 ) -> None:
     before = tree(tmp_path)
     words = [world["prompts"] if word == "PROMPTS" else word for word in words]
-    ended = kleash("measure", world["policy"], world["policy"], *words, "--json", tmp_path / "new" / "figures.json")
+    ended = kleash("measure", world["policy"], world["policy"], *words, "--json", tmp_path / "figures.json")
     assert (ended.code, ended.out) == (2, "")
     assert said in ended.err
     assert ended.err.startswith("kleash: Expected ")
