@@ -229,3 +229,12 @@ def test_the_data_of_a_page_is_json(pages: dict[str, Path]) -> None:
     page = pages["measured"].read_text(encoding="utf-8")
     data = json.loads(page.split('id="data">', 1)[1].split("</script>", 1)[0])
     assert len(data["maps"][0]["responses"]) == 20
+
+
+def test_the_page_says_of_how_many_responses_it_shows_the_first(tmp_path: Path, browser: Any) -> None:
+    maps = some_maps()
+    out = write_measure_page(a_measurement(maps, responses_count=1648), maps, tmp_path / "page.html")
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.goto(out.as_uri())
+    assert tab.locator(".map-count").inner_text().startswith("20 of 1,648 responses, the first ones: 3.88 nats")
+    tab.close()

@@ -863,6 +863,13 @@ def test_a_run_shows_its_first_and_newest_mapped_responses(tmp_path: Path) -> No
     assert sets() == []
 
 
+def test_a_run_says_of_how_many_responses_of_an_update_it_shows_the_first(tmp_path: Path) -> None:
+    run = report.read_run(mapped_run(tmp_path / "run", "good"), "A")
+    assert [some.among for some in report.map_sets([run])] == [64, 64]
+    untold = replace(run, config={})
+    assert [some.among for some in report.map_sets([untold])] == [None, None]
+
+
 def test_several_runs_show_their_newest_and_open_with_the_one_that_drifted_farthest(tmp_path: Path) -> None:
     near, far = mapped_run(tmp_path / "near", "good", scale=0.1), mapped_run(tmp_path / "far", "hacked")
     without = make_run(tmp_path / "without", "tight")

@@ -122,6 +122,7 @@ def test_the_first_responses_are_kept_when_there_are_too_many(monkeypatch: pytes
     rows = [a_token_map([" a", " b"], [1.0, 0.0], index=index) for index in range(501)]
     found = one(rows)
     assert (found["total"], [row["index"] for row in found["responses"]]) == (501, list(range(500)))
+    assert packed(MapSet("", "", rows, among=2000), 1)["total"] == 2000
     monkeypatch.setattr(shading, "MOST_BYTES", 2000)
     kept = one(rows)["responses"]
     assert [row["index"] for row in kept] == list(range(len(kept)))

@@ -505,6 +505,10 @@ def test_a_page_of_five_hundred_responses_is_small_and_says_what_it_left_out(
     said = tab.locator(".map-count").inner_text()
     assert said.startswith("500 responses: " if count == kept else f"{kept} of {count} responses, the first ones: ")
     assert tab.locator(".response").count() == 10
+    inks = tab.locator(".glance canvas").evaluate(
+        "(c) => new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size"
+    )
+    assert 20 < inks <= 33 + 1, "a cell has the shade of the legend, not a blend with its neighbour's"
     tab.goto(out.as_uri() + "#response-499")
     eventually(tab, "document.querySelector('#response-499 .t') !== null")
     tab.close()

@@ -40,7 +40,7 @@ def write_measure_page(measured: Record, token_maps: Sequence[Record], out: Path
 
 def page(measured: Record, token_maps: Sequence[Record]) -> str:
     """The whole page as text."""
-    maps = shaded([MapSet("", "", token_maps)])
+    maps = shaded([MapSet("", "", token_maps, among=measured["responses_count"])])
     width = bar_width(measured)
     words = {
         "title": f"{short(measured['policy'])} from {short(measured['reference'])}",

@@ -401,24 +401,31 @@ def map_sets(runs: Sequence[Run]) -> list[MapSet]:
     The first of several runs whose first update was mapped gives the responses before training.
     """
     newest = [(place, rows) for place, run in enumerate(runs) if (rows := maps_at(run, -1))]
-    first = next((rows for run in runs if (rows := maps_at(run, 0))), [])
+    first, among = next(((rows, responses_each_update(run)) for run in runs if (rows := maps_at(run, 0))), ([], None))
     if not newest:
         return []
     named = {place: f"Update {rows[0]['update']}" if len(runs) == 1 else runs[place].label for place, rows in newest}
     # the page opens with the run that drifted farthest; its responses have the short addresses
     shown_first = max(newest, key=lambda pair: mean_drift(pair[1]))[0]
     keys = {place: "" if place == shown_first else f"run-{place + 1}-" for place, _ in newest}
-    ends = [MapSet(named[place], keys[place], rows) for place, rows in newest]
+    ends = [MapSet(named[place], keys[place], rows, responses_each_update(runs[place])) for place, rows in newest]
     began = first[0]["update"]
     if len(runs) == 1 and began == newest[0][1][0]["update"]:
         return ends
-    return [MapSet("Before training" if began == 1 else f"Update {began}", f"update-{began}-", first), *ends]
+    return [MapSet("Before training" if began == 1 else f"Update {began}", f"update-{began}-", first, among), *ends]
 
 
 def maps_at(run: Run, which: int) -> list[Record]:
     """A run's token maps of its first (0) or newest (-1) mapped update."""
     updates = sorted({row["update"] for row in run.token_maps})
     return [row for row in run.token_maps if row["update"] == updates[which]]
+
+
+def responses_each_update(run: Run) -> int | None:
+    """How many responses an update samples; None where the configuration does not say."""
+    rollout = run.config.get("rollout")
+    found = rollout.get("prompts_per_update") if isinstance(rollout, dict) else None
+    return found if type(found) is int else None
 
 
 def mean_drift(rows: Sequence[Record]) -> float:

@@ -51,11 +51,13 @@ class MapSet:
     label:  what the page calls them, such as 'update 60'; empty where they are the only ones.
     key:    what an address on the page begins with, such as 'update-1-'; empty for the set that is shown first.
     rows:   token maps.
+    among:  how many responses there were; None = as many as rows.
     """
 
     label: str
     key: str
     rows: Sequence[Record]
+    among: int | None = None
 
 
 @dataclass
@@ -86,6 +88,7 @@ def shaded(sets: Sequence[MapSet]) -> list[dict[str, Any]]:
 def packed(some: MapSet, share: float) -> dict[str, Any]:
     """One set within its share of the page.
 
+    total:     of how many responses these are the first.
     responses: for each its own figures, the number of its tokens, and the place of its prompt.
     strings:   pieces of text; types: the different tokens, as places of their pieces and as token ids.
     type, class, kl, policy, ref: a column each over the tokens of all responses. Not finite = beyond every bound.
@@ -101,7 +104,7 @@ def packed(some: MapSet, share: float) -> dict[str, Any]:
     return {
         "label": some.label,
         "key": some.key,
-        "total": len(some.rows),
+        "total": max(len(some.rows), some.among or 0),
         "shared": shared_beginning(some.rows),
         "responses": [response_row(row, prompts) for row in rows],
         "prompts": list(prompts.places),
