@@ -14,7 +14,7 @@ from tiny import LIVELY, PROMPTS, WORDS, tiny_policy, tiny_tokenizer
 
 from kleash.errors import ConfigError, ModelError, NonFiniteError, PromptError
 from kleash.measured import MeasuredDrift
-from kleash.measurement import MeasureConfig, measure
+from kleash.measurement import MeasureConfig, measure, require_one_process
 
 INTERVALS = [
     "kl_policy_ref_per_sequence",
@@ -492,10 +492,11 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(given, said):
         measure("nowhere", "nowhere", **given)
 
 
-def test_several_processes_are_refused(monkeypatch):
+def test_a_command_of_several_processes_is_refused(monkeypatch):
+    require_one_process()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="Expected one process, found several; measure without a launcher"):
-        tiny_measure()
+        require_one_process()
 
 
 @pytest.mark.parametrize("prompts", [[], [""], [{"text": "a"}], [{"prompt": 3}]])
