@@ -492,7 +492,8 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(given, said):
         measure("nowhere", "nowhere", **given)
 
 
-def test_several_processes_are_refused(monkeypatch):
+def test_a_command_of_several_processes_is_refused(monkeypatch):
+    require_one_process()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="Expected one process, found several; measure without a launcher"):
         require_one_process()
