@@ -1,6 +1,6 @@
 """The command line: `kleash demo`, `kleash check`, `kleash train`, `kleash sweep`, `kleash report`.
 
-Exit codes: 0 done; 1 the run stopped itself, or a check failed; 2 bad usage or input; 130 interrupted, with a checkpoint saved.
+Exit codes: 0 done; 1 the run stopped itself or a check failed; 2 bad usage or input; 130 interrupted, checkpoint saved.
 Results go to stdout, progress and errors to stderr.
 """
 
@@ -35,7 +35,7 @@ kleash {VERSION}: post-train a language model against a reward model, on a KL le
   kleash --version
 
 KL is KL(policy || reference), in nats, exact over the whole vocabulary, unless a name says otherwise.
-Exit codes: 0 done; 1 the run stopped itself, or a check failed; 2 bad usage or input; 130 interrupted, with a checkpoint saved.
+Exit codes: 0 done; 1 the run stopped itself or a check failed; 2 bad usage or input; 130 interrupted, checkpoint saved.
 """
 
 
