@@ -16,8 +16,6 @@ from torch import nn
 
 import kleash
 
-pytestmark = pytest.mark.filterwarnings("ignore:Before the first update, pad and EOS")  # one token in these worlds
-
 
 def train(
     game: Game, policy: nn.Module, beta: float, out: Path, *, updates: int, learning_rate: float, kl: str
@@ -47,6 +45,7 @@ def train(
             whiten_advantages=False,
         ),
         updates=updates,
+        preflight=False,  # a world of four tokens has none to pad with, and its tokenizer names one all the same
         quiet=True,
     )
     return [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
