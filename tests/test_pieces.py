@@ -49,7 +49,22 @@ def metaspace() -> PreTrainedTokenizerBase:
     return wrapped(tokenizer)
 
 
-TOKENIZERS = {"byte level": byte_level(), "words": tiny_tokenizer(), "metaspace": metaspace()}
+def suffixed() -> PreTrainedTokenizerBase:
+    """As the first GPT wrote it: a mark ends each word, so what a token adds depends on the one before it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.BPEDecoder("</w>")
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=MARKS, end_of_word_suffix="</w>")
+    tokenizer.train_from_iterator(TEXTS * 2, trainer)
+    return wrapped(tokenizer)
+
+
+TOKENIZERS = {
+    "byte level": byte_level(),
+    "words": tiny_tokenizer(),
+    "metaspace": metaspace(),
+    "suffixed": suffixed(),
+}
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
 
 
@@ -78,7 +93,7 @@ def test_the_pieces_of_any_text_join_to_it(name, text):
     assert joined(name, tokens) == written_behind_a_word(name, tokens)
 
 
-@pytest.mark.parametrize("name", ["byte level", "words"])
+@pytest.mark.parametrize("name", ["byte level", "words", "suffixed"])
 @given(draw=st.data())
 def test_the_pieces_of_any_tokens_join_to_what_is_decoded_though_they_be_no_text(name, draw):
     """A model with random weights writes bytes that are no characters."""
