@@ -90,7 +90,7 @@ def test_without_a_command_it_says_what_there_is(kleash: Command) -> None:
 def test_help_is_no_mistake(kleash: Command, word: str) -> None:
     ended = kleash(word)
     assert (ended.code, ended.err) == (0, "")
-    assert "Exit codes: 0 done; 1 the run stopped itself; 2 bad usage or input; 130 interrupted" in ended.out
+    assert "Exit codes: 0 done; 1 the run stopped itself or a check failed; 2 bad usage or input" in ended.out
     assert max(map(len, ended.out.splitlines())) <= 120
 
 

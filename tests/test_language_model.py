@@ -1,6 +1,10 @@
 """Policy and reference through their hidden states: the same figures as through full logits, and fewer tensors."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,3 +195,38 @@ def test_the_likeliest_tokens_are_tokens_and_no_more_than_there_are(linear):
     assert torch.equal(tokens, expected[0])
     torch.testing.assert_close(logprobs, expected[1], atol=1e-12, rtol=0)
     torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones(len(tokens)).double(), atol=1e-12, rtol=0)
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from kleash.language_model import LanguageModel
+from kleash.linear_head import LinearHead
+from tiny import tiny_policy
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
+
+torch.set_num_threads(1)
+model = LanguageModel(tiny_policy(vocab=128_256), linear=LinearHead(), vocab=128_256)
+states, before = torch.randn(int(sys.argv[1]), 16), status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+model.most_likely(states, count=5, temperature=1.0)
+print((status("VmHWM") - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_likeliest_tokens_of_many_positions_take_the_memory_of_a_few():
+    """4000 positions of 128256 tokens are 1957 MiB of logits; results that lay between them would keep them all."""
+    places = [str(Path(__file__).parent), *sys.path]
+    ended = subprocess.run(
+        [sys.executable, "-c", PEAK, "4000"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+    )
+    assert float(ended.stdout) < 400

@@ -10,11 +10,12 @@ import torch
 from tiny import LIVELY, tiny_config, tiny_policy
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from kleash.fused.head import Head
-from kleash.linear_head import LinearHead, last_hidden_states, linear_head_of
+from kleash.linear_head import NORMED_ROWS, ROWS, TIME, LinearHead, last_hidden_states, linear_head_of
 from kleash.models import fingerprint, response_logits
 from kleash.reference import frozen_copy
 
@@ -605,3 +606,28 @@ def test_a_verdict_holds_while_the_model_learns():
         ours, theirs = both_logits(model, found)
     assert not torch.allclose(ours, before, atol=1e-3)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """The largest new tensor that is made within, in numbers; views of the model's own are none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+def test_trying_a_model_out_copies_no_part_of_its_head_that_grows_with_the_vocabulary():
+    """Beside the logits of a few positions, which are ROWS * TIME a token."""
+    vocab, width = 40 * NORMED_ROWS, 4 * ROWS * TIME
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=width, n_layer=1, n_head=2, n_positions=64)).eval()
+    with Largest(model) as largest:
+        assert isinstance(linear_head_of(model), LinearHead)
+    assert largest.numbers == ROWS * TIME * vocab == model.lm_head.weight.numel() / 4

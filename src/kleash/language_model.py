@@ -128,11 +128,17 @@ class LanguageModel(nn.Module):
           ([tokens, count] int64 ids, likeliest first; [tokens, count] log-probs in nats).
         """
         head = None if self.linear is None else self.linear.of(self.model)
-        found = []
-        for some in torch.split(states, max(1, LOGITS_AT_ONCE // self.vocab)):
-            logits = some if head is None else head.logits(some)[:, : self.vocab]
-            found.append(full_log_probs(logits, temperature=temperature).topk(min(count, self.vocab)))
-        return torch.cat([top.indices for top in found]), torch.cat([top.values for top in found])
+        shape = (len(states), min(count, self.vocab))
+        # Made before the loop: small tensors that outlive a turn would lie where its logits lay, and the next logits,
+        # which then do not fit there, would take new memory every time.
+        tokens = states.new_empty(shape, dtype=torch.int64)
+        logprobs = states.new_empty(shape, dtype=torch.promote_types(states.dtype, torch.float32))
+        height = max(1, LOGITS_AT_ONCE // self.vocab)
+        for start in range(0, len(states), height):
+            some = slice(start, start + height)
+            logits = states[some] if head is None else head.logits(states[some])[:, : self.vocab]
+            logprobs[some], tokens[some] = full_log_probs(logits, temperature=temperature).topk(shape[1])
+        return tokens, logprobs
 
     def _columns(self, states: Tensor, ref: RefStates | None, tokens: Tensor, temperature: float) -> Columns:
         """Log-probs, entropy, the reference's log-probs, exact KL; each [tokens], the last two None without one."""

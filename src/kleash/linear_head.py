@@ -27,6 +27,7 @@ SCALES = (  # times it, or divided by it, before or after the head
 )
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 ROWS, TIME = 2, 8
+NORMED_ROWS = 1024
 SMALLEST, LARGEST = -1.0, 4.0  # powers of ten that the products of the second pass span
 
 
@@ -210,7 +211,8 @@ def _random_hidden_states(head: nn.Linear) -> Tensor:
     """[rows, time, hidden] such that the products are of every size: soft-caps bend the large, clamps cut them."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(ROWS, TIME, head.in_features, generator=generator)
-    row_norm = float(torch.linalg.vector_norm(head.weight.double())) / sqrt(head.out_features)
+    parts = torch.split(head.weight, NORMED_ROWS)  # whole and in float64 it would be the most memory of all
+    row_norm = sqrt(sum(float(part.double().square().sum()) for part in parts) / head.out_features)
     if row_norm == 0:
         raise _NotLinearError("a head of zeros, whose logits show nothing")
     sizes = torch.logspace(SMALLEST, LARGEST, ROWS * TIME).view(ROWS, TIME, 1) / row_norm
