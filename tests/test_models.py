@@ -44,6 +44,12 @@ def saved_tokenizer(path: Path, **options: object) -> Path:
     return path
 
 
+def test_a_reward_model_is_no_policy(tmp_path):
+    tiny_reward_model().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="found GPT2ForSequenceClassification; give the model that"):
+        load_causal_model(tmp_path, "policy")
+
+
 def test_a_tokenizer_without_a_pad_token_is_told_the_remedy(tmp_path):
     source = saved_tokenizer(tmp_path, pad_token=None)
     with pytest.raises(ModelError, match="name one in the config, for example pad_token: '<eos>'"):

@@ -110,11 +110,12 @@ def load_causal_model(
       dtype: of the weights.
 
     Raises:
-      ModelError: nothing loadable there, or an adapter that is not in the model's layers.
+      ModelError: nothing loadable there, a model of another kind, or an adapter that is not in the model's layers.
     """
     base = base_of_adapter(source)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base or source, dtype=dtype)
+        _require_saved_as_a_language_model(model, source, role)
         if base is not None:
             model = _with_adapter(model, source, learns=adapter_learns)
     except ModelError:
@@ -125,6 +126,16 @@ def load_causal_model(
         ) from error
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def _require_saved_as_a_language_model(model: PreTrainedModel, source: str | Path, role: str) -> None:
+    """Raise ModelError for a classifier: its trunk loads as a language model, and says what nobody trained."""
+    other = [name for name in model.config.architectures or () if name.endswith("Classification")]
+    if other:
+        raise ModelError(
+            f"Expected a causal language model at {source} for the {role}, found {other[0]}; "
+            "give the model that writes."
+        )
 
 
 def base_of_adapter(source: str | Path) -> str | None:
