@@ -18,6 +18,16 @@ def eventually(tab: Any, condition: str) -> None:
         tab.wait_for_timeout(50)
 
 
+def require_quiet_offline_and_narrow(tab: Any, heard: tuple[list[str], list[str]], page: str) -> None:
+    """The page has said nothing, asked for itself alone, run no foreign script, and fits into 360 pixels."""
+    said, asked = heard
+    assert tab.evaluate(TOO_WIDE) == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    assert tab.evaluate("window.pwned") is None
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == [page]
+
+
 def listened(tab: Any) -> tuple[list[str], list[str]]:
     """What the page says on its console or throws, and the addresses that it asks for, from now on."""
     said: list[str] = []

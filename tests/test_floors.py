@@ -20,7 +20,7 @@ FLOORS = {
     ),
     **dict.fromkeys(["token_class", "repetition", "tail", "overoptimisation"], 3),
     **dict.fromkeys(["control", "best_of_n", "precision", "pieces"], 4),
-    **dict.fromkeys(["seeds", "models", "interrupt", "fused"], 4),
+    **dict.fromkeys(["seeds", "models", "interrupt", "fused", "generators"], 4),
     **dict.fromkeys(["linear_head", "reference", "prompts", "scorers", "rollout", "frontier", "alarms", "dealing"], 5),
     **dict.fromkeys(["language_model", "verdict", "given_responses", "plan"], 6),
     **dict.fromkeys(["scoring", "ppo", "pair", "page"], 7),

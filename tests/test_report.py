@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from browsing import TOO_WIDE, eventually, listened
+from browsing import eventually, listened, require_quiet_offline_and_narrow
 from mapped import a_drift_map, a_token_map
 
 from kleash import report, verdict
@@ -711,19 +711,11 @@ def test_texts_of_models_and_users_cannot_become_markup(pages: dict[str, Path]) 
 @pytest.mark.parametrize("name", ["compared", "attacked", "single", "swept", "extrapolated", "eventful"])
 def test_a_browser_shows_it_quietly_offline_and_within_a_phone(pages: dict[str, Path], browser: Any, name: str) -> None:
     tab = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="light")
-    said: list[str] = []
-    asked: list[str] = []
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("request", lambda request: asked.append(request.url))
+    heard = listened(tab)
     tab.goto(pages[name].as_uri())
     tab.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
     eventually(tab, "document.querySelectorAll('#health .main-svg').length >= 6")
-    assert tab.evaluate(TOO_WIDE) == []
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
-    assert tab.evaluate("window.pwned") is None
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
+    require_quiet_offline_and_narrow(tab, heard, pages[name].as_uri())
     tab.close()
 
 

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import kleash.integrations
 from kleash.demo.quiet import quiet
 from kleash.errors import CheckpointError, ConfigError, ModelError, PromptError, RunDirectoryError
+from kleash.generators import untouched_generators
 from kleash.glossary import GLOSSARY
-from kleash.integrations.randomness import untouched_generators
 from kleash.integrations.trl import DriftCallback
 from kleash.integrations.view import view_of
 from kleash.linear_head import LinearHead, linear_head_of

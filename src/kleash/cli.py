@@ -202,20 +202,16 @@ def _check(words: list[str]) -> int:
 
 
 def _print_checks(checks: Any, json_file: Path | None) -> None:
-    import json
-
     from rich.console import Console
 
     from kleash.preflight.table import as_json, table_of
-    from kleash.run_directory import write_atomically
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDEST)
     with console.capture() as capture:
         console.print(table_of(checks))
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(json_file, json.dumps(as_json(checks), indent=2) + "\n")
+        _write(json_file, json.dumps(as_json(checks), indent=2) + "\n")
 
 
 def _train(words: list[str]) -> int:
@@ -332,7 +328,7 @@ def _measure(words: list[str]) -> int:
 
     from kleash.measure_page import write_measure_page
     from kleash.readout import readout
-    from kleash.run_directory import require_place_for, write_atomically
+    from kleash.run_directory import require_place_for
 
     for file in filter(None, (asked.out, asked.json)):
         require_place_for(file)
@@ -348,8 +344,7 @@ def _measure(words: list[str]) -> int:
     )
     Console(highlight=False).print(readout(measured))
     if asked.json is not None:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(asked.json, json.dumps(measured.figures, ensure_ascii=False, indent=1) + "\n")
+        _write(asked.json, json.dumps(measured.figures, ensure_ascii=False, indent=1) + "\n")
         print(f"\nfigures  {asked.json}")
     if asked.out is not None:
         print(f"\npage     {write_measure_page(measured.figures, measured.token_maps, asked.out)}")
@@ -458,6 +453,14 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
+def _write(file: Path, text: str) -> None:
+    """A file where the caller wants it; directories above it are made."""
+    from kleash.run_directory import write_atomically
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, text)
+
+
 def _say(sentence: str) -> None:
     """A sentence on stderr, by the main process alone."""
     from kleash.sweep import is_main_process
@@ -470,13 +473,11 @@ def _print_sweep(result: Any, json_file: Path | None) -> None:
     """The table and the places of what was written; the same JSON also where the caller wants it."""
     from rich.console import Console
 
-    from kleash.run_directory import write_atomically
     from kleash.sweep import table_of
 
     Console(highlight=False, width=WIDEST).print(table_of(result))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(json_file, result.json.read_text(encoding="utf-8"))
+        _write(json_file, result.json.read_text(encoding="utf-8"))
     print(f"\nsweep   {json_file or result.json}" + (f"\nreport  {result.report}" if result.report else ""))
 
 

@@ -53,7 +53,12 @@ def drawn_positions(row: Record, width: int) -> dict[str, Any]:
 
 def bar_width(runs: Sequence[Run]) -> int:
     """Positions in a bar, the same for all runs."""
-    longest = max((len(objects(row, "by_position")) for run in runs for row in run.drift_maps), default=0)
+    return bar_width_for([row for run in runs for row in run.drift_maps])
+
+
+def bar_width_for(rows: Sequence[Record]) -> int:
+    """Positions in a bar, such that no drift map, or measurement, has more than MOST_BARS."""
+    longest = max((len(objects(row, "by_position")) for row in rows), default=0)
     return max(1, math.ceil(longest / MOST_BARS))
 
 
@@ -82,11 +87,21 @@ def drift_lead(row: Record) -> str:
     'Half of the drift lies in the first 2 of 4 positions.'
     """
     kl = kl_by_position(row)
+    count = positions_of_half(kl)
+    where = "at the first" if count == 1 else f"in the first {count}"
+    return f"Half of the drift lies {where} of {len(kl)} positions." if len(kl) > 1 else "All responses are one token."
+
+
+def positions_of_half(kl: Sequence[float]) -> int:
+    """In how many of the first positions half of the drift lies.
+
+    >>> positions_of_half([0.5, 0.7, 0.4, 0.4])
+    2
+    """
     half, passed, count = math.fsum(kl) / 2, 0.0, 0
     while count < len(kl) and passed < half:
         passed, count = passed + kl[count], count + 1
-    where = "at the first" if count == 1 else f"in the first {count}"
-    return f"Half of the drift lies {where} of {len(kl)} positions." if len(kl) > 1 else "All responses are one token."
+    return count
 
 
 def class_rows(row: Record) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from kleash.errors import first_line
 from kleash.fused.head import Head
-from kleash.models import forward_arguments
+from kleash.models import forward_arguments, modes_kept
 
 SCALES = (  # times it, or divided by it, before or after the head
     "logit_scale",
@@ -99,16 +99,11 @@ def _base_output(model: PreTrainedModel, sequences: Tensor, attention_mask: Tens
 @contextmanager
 def _at_rest(model: nn.Module) -> Iterator[None]:
     """No gradients and no dropout inside; training modes and the state of every generator as before after it."""
-    modes = [(module, module.training) for module in model.modules()]
     on_gpu = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
-    try:
-        # no_grad and not inference_mode: tables that a model keeps from this pass must serve in training.
-        with torch.no_grad(), torch.random.fork_rng(on_gpu):
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    # no_grad and not inference_mode: tables that a model keeps from this pass must serve in training.
+    with modes_kept(model), torch.no_grad(), torch.random.fork_rng(on_gpu):
+        model.eval()
+        yield
 
 
 def _probed(model: PreTrainedModel) -> LinearHead:

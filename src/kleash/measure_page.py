@@ -11,7 +11,7 @@ from typing import Any
 
 from kleash.alarms import KL, figure_of
 from kleash.best_of_n import best_of_n_kl_bound
-from kleash.drift_tables import MOST_BARS, drift_rows, objects
+from kleash.drift_tables import bar_width_for, drift_rows, objects
 from kleash.page import prompt_text, rendered, require_file_name, short, shown, write_page
 from kleash.shading import MOST_TEXT, MapSet, cut, shaded
 from kleash.verdict import Estimate, Record, interval, number
@@ -41,7 +41,7 @@ def write_measure_page(measured: Record, token_maps: Sequence[Record], out: Path
 def page(measured: Record, token_maps: Sequence[Record]) -> str:
     """The whole page as text."""
     maps = shaded([MapSet("", "", token_maps, among=measured["responses_count"])])
-    width = bar_width(measured)
+    width = bar_width_for([measured])
     words = {
         "title": f"{short(measured['policy'])} from {short(measured['reference'])}",
         "verdict": verdict_text(measured),
@@ -220,11 +220,6 @@ def other_part(row: Record) -> Record:
     """What stands beside the exact figure in a row of the convergence."""
     found: Record = row.get("k1") or row.get("log_ratio") or row.get("log_ratio_per_sequence") or {}
     return found
-
-
-def bar_width(measured: Record) -> int:
-    """Positions in a bar."""
-    return max(1, math.ceil(len(objects(measured, "by_position")) / MOST_BARS))
 
 
 def position_bars(measured: Record, width: int) -> dict[str, list[Any]]:

@@ -20,7 +20,7 @@ from kleash.pair import ModelOrPath, load_pair, name_of, training_modes_kept
 from kleash.plan import Plan
 from kleash.precision import Precision, precision_from
 from kleash.progress import MeasureProgress, silent_libraries
-from kleash.prompts import load_prompts, require_prompts, tokenized_prompts
+from kleash.prompts import as_rows, load_prompts, require_prompts, tokenized_prompts
 from kleash.rollout import RolloutConfig
 from kleash.version import VERSION
 
@@ -117,7 +117,9 @@ def measure(
             batches = given_batches(state, tokenized_responses(given, pair.tokenizer, eos_token_ids=pair.eos_token_ids))
         for numbers, answers in batches:
             state.add(numbers, answers)
-            progress.show(state.tally.responses, state.interval if state.is_even else None, expected=state.expected)
+            found = state.interval
+            expected = state.plan.expected(found)
+            progress.show(state.tally.responses, found if state.is_even else None, expected=expected)
     narrow_enough = state.plan.is_met(state.interval)
     settings = {
         "version": VERSION,
@@ -176,6 +178,6 @@ def _room(prompts: Prompts, context: int | None) -> int:
 def _rows(prompts: list[str] | list[dict[str, Any]] | str | Path | None) -> list[dict[str, Any]]:
     if not isinstance(prompts, list):
         return load_prompts(prompts or "")
-    rows = [{"prompt": row} if isinstance(row, str) else row for row in prompts]
+    rows = as_rows(prompts)
     require_prompts(rows, "the prompts")
     return rows

@@ -62,11 +62,6 @@ class Measuring:
         """The exact KL per sequence so far."""
         return self.tally.interval("kl_policy_ref", strata=self.tally.strata)
 
-    @property
-    def expected(self) -> int:
-        """About how many responses there will be."""
-        return self.plan.expected(self.interval if self.tally.responses else None)
-
     def add(self, numbers: Tensor, rollout: Rollout) -> None:
         """Read a batch of responses: what both models say of it goes to the tally, of the first responses to the maps.
 
@@ -75,13 +70,12 @@ class Measuring:
           rollout: the responses.
         """
         rows = min(len(numbers), self.mapped - len(self.maps))
-        share_of_maps = rows / max(1, min(self.mapped, self.expected))
         reading = reading_of(
             self.pair.policy,
             self.pair.reference,
             rollout,
             temperature=self.temperature,
-            alternatives_at_most=round(ALTERNATIVE_POSITIONS * share_of_maps),
+            alternatives_at_most=self._alternatives_of(rows),
         )
         columns = token_figures(
             rollout,
@@ -101,6 +95,13 @@ class Measuring:
                 **self.tally.of_response(place, written_by_policy=self.written_by_policy),
             }
             self.maps.append(described | found)
+
+    def _alternatives_of(self, rows: int) -> int:
+        """At how many positions of so many mapped responses the likeliest tokens are kept: their share of all."""
+        if not rows:
+            return 0
+        expected = self.plan.expected(self.interval if self.tally.responses else None)
+        return round(ALTERNATIVE_POSITIONS * rows / min(self.mapped, expected))
 
 
 def sampled_batches(state: Measuring, config: RolloutConfig, *, seed: int) -> Batches:

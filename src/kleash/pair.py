@@ -1,7 +1,6 @@
 """A policy and the reference that it is measured to, over one vocabulary, loaded and held against each other."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -18,6 +17,7 @@ from kleash.models import (
     frozen,
     load_causal_model,
     load_tokenizer,
+    modes_kept,
     require_same_vocabulary,
     require_special_tokens,
     shared_vocabulary,
@@ -75,7 +75,7 @@ def load_pair(
     Raises:
       ModelError: nothing loadable there, no tokenizer, or other tokens in the two, with the first that differs.
     """
-    source = _source_of(policy)
+    source = source_of(policy)
     if tokenizer is None and not str(source):
         raise ModelError("Expected a tokenizer for a policy in memory, found none; give one.")
     words = tokenizer or load_tokenizer(source, pad_token=pad_token)
@@ -83,21 +83,14 @@ def load_pair(
     place = device or torch.accelerator.current_accelerator() or torch.device("cpu")
     models = [_model(policy, "policy", dtype, place), _model(reference, "reference", dtype, place)]
     width = models[0].config.get_text_config().vocab_size
-    require_same_vocabulary(words, _source_of(reference), models[1], width)
+    require_same_vocabulary(words, source_of(reference), models[1], width)
     pair = language_models(*models, vocab=shared_vocabulary(*models))
     return Pair(policy=pair[0], reference=pair[1], tokenizer=words, eos_token_ids=eos_token_ids(models[0], words))
 
 
-@contextmanager
-def training_modes_kept(*models: ModelOrPath) -> Iterator[None]:
+def training_modes_kept(*models: ModelOrPath) -> AbstractContextManager[None]:
     """Afterwards dropout is on or off as it was before, in every module of the models that were given as such."""
-    given = [model for model in models if not isinstance(model, str | Path)]
-    modes = [(module, module.training) for model in given for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    return modes_kept(*(model for model in models if not isinstance(model, str | Path)))
 
 
 def _model(given: ModelOrPath, role: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -111,7 +104,7 @@ def _model(given: ModelOrPath, role: str, dtype: torch.dtype, device: torch.devi
     return loaded
 
 
-def _source_of(model: ModelOrPath) -> str | Path:
+def source_of(model: ModelOrPath) -> str | Path:
     """Where a model came from; empty for one that was built in memory."""
     source = model if isinstance(model, str | Path) else causal_model(model).config._name_or_path
     return source or ""
@@ -119,4 +112,4 @@ def _source_of(model: ModelOrPath) -> str | Path:
 
 def name_of(model: ModelOrPath) -> str:
     """How figures name a model: where it came from, or its class."""
-    return str(_source_of(model)) or f"a {type(model).__name__} in memory"
+    return str(source_of(model)) or f"a {type(model).__name__} in memory"

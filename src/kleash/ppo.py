@@ -265,7 +265,7 @@ def _gradients_of_step(
         last = number == len(parts) - 1
         with nullcontext() if last else _gradients_stay(accelerator, models):
             result = micro_batch_sums(models, part, targets, config, temperature=temperature)
-            loss = (result.policy_loss + result.leash_loss + config.value_coefficient * result.value_loss) / divisor
+            loss = summed_loss(result, config) / divisor
             if not bool(loss.isfinite()):
                 parts_of_it = ", ".join(f"{name} {getattr(result, name).item():g}" for name in LOSSES)
                 raise NonFiniteError(
@@ -282,6 +282,11 @@ def _gradients_of_step(
             "or resume from the last checkpoint."
         )
     return _reduced_row(sums, torch.as_tensor(norm), accelerator)
+
+
+def summed_loss(sums: StepSums, config: PPOConfig) -> Tensor:
+    """policy_loss + leash_loss + value_coefficient * value_loss, not yet divided by what the step counts."""
+    return sums.policy_loss + sums.leash_loss + config.value_coefficient * sums.value_loss
 
 
 def _own_divisor(parts: list[MicroBatch], config: PPOConfig) -> Tensor:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ def load_prompts(source: str | Path) -> list[dict[str, Any]]:
     rows = _read_file(path) if is_file else _read_dataset(str(source))
     require_prompts(rows, source)
     return rows
+
+
+def as_rows(prompts: Iterable[str | dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with a key `prompt`, of which strings are such.
+
+    >>> as_rows(["a", {"prompt": "b", "answer": 1}])
+    [{'prompt': 'a'}, {'prompt': 'b', 'answer': 1}]
+    """
+    return [{"prompt": row} if isinstance(row, str) else row for row in prompts]
 
 
 def require_prompts(rows: list[dict[str, Any]], source: str | Path) -> None:

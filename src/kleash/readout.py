@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kleash.drift_tables import positions_of_half
 from kleash.estimators import Interval
 from kleash.measured import MeasuredDrift
 from kleash.page import likelihood, visible
@@ -82,9 +83,7 @@ def _times(factor: float) -> str:
 
 def _half_of_the_drift(kl: list[float]) -> str:
     """In which positions half of the drift lies."""
-    half, passed, count = sum(kl) / 2, 0.0, 0
-    while count < len(kl) and passed < half:
-        passed, count = passed + kl[count], count + 1
+    count = positions_of_half(kl)
     where = "position" if count == 1 else f"{count} positions"
     return f"Half of the drift lies in the first {where} of {len(kl)}."
 

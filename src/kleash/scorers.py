@@ -255,9 +255,14 @@ def model_scorer(model: PreTrainedModel, name: str, policy_tokenizer: PreTrained
 
 def reward_models(scorer: Scorer) -> list[PreTrainedModel]:
     """The reward models inside a scorer, in order."""
+    return [part.model for part in model_scorers(scorer)]
+
+
+def model_scorers(scorer: Scorer) -> list[ModelScorer | TextModelScorer]:
+    """The scorers by a model inside a scorer, in order."""
     if isinstance(scorer, WeightedScorer):
-        return [model for part in scorer.scorers for model in reward_models(part)]
-    return [scorer.model] if isinstance(scorer, ModelScorer | TextModelScorer) else []
+        return [leaf for part in scorer.scorers for leaf in model_scorers(part)]
+    return [scorer] if isinstance(scorer, ModelScorer | TextModelScorer) else []
 
 
 def value_trunk_source(scorer: Scorer) -> PreTrainedModel | None:

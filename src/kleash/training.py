@@ -36,11 +36,11 @@ from kleash.interrupt import Stop, stop_on_signals
 from kleash.kl_form import FORMS, KLName
 from kleash.leash import Measurement
 from kleash.models import causal_model, load_tokenizer
-from kleash.pair import ModelOrPath
+from kleash.pair import ModelOrPath, source_of
 from kleash.parts import Given
 from kleash.ppo import PPOConfig, minibatches_of, ppo_update
 from kleash.progress import RunProgress, silent_libraries
-from kleash.prompts import prompts_of_update
+from kleash.prompts import as_rows, prompts_of_update
 from kleash.report import write_report
 from kleash.rollout import RolloutConfig
 from kleash.run import Run, run_from, save, write_checkpoint
@@ -367,15 +367,13 @@ def train(
         else causal_model(reference),
         scorer=_scorer(reward, tokenizer),
         eval_scorer=None if eval_reward is None else _scorer(eval_reward, tokenizer),
-        rows=[{"prompt": row} if isinstance(row, str) else row for row in prompts]
-        if isinstance(prompts, list)
-        else None,
+        rows=as_rows(prompts) if isinstance(prompts, list) else None,
     )
     return train_run(config, given, resume=resume, quiet=quiet)
 
 
 def _tokenizer_of(policy: ModelOrPath) -> PreTrainedTokenizerBase:
-    source = policy if isinstance(policy, str | Path) else causal_model(policy).config._name_or_path
+    source = source_of(policy)
     if not str(source):
         raise ModelError("Expected a tokenizer for a policy that was loaded from nowhere, found none; give tokenizer.")
     return load_tokenizer(source)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kleash.errors import CheckpointError, RunDirectoryError, first_line
-from kleash.run_directory import require_place_for, write_atomically
+from kleash.run_directory import line_of, require_place_for, write_atomically
 
 ADVICE = "pass the model that the run started from as the callback's reference."
 
@@ -52,13 +52,13 @@ class DriftRecord:
     def append(self, line: dict[str, Any]) -> None:
         """Add a measurement, flushed before returning."""
         with self.lines_file.open("a", encoding="utf-8") as file:
-            file.write(_text(line))
+            file.write(line_of(line))
 
     def forget_after(self, step: int) -> None:
         """Drop every line of a later step, which comes again, and a last line that was cut short."""
         if self.lines_file.exists():
             kept = [line for line in self.lines() if line["step"] <= step]
-            write_atomically(self.lines_file, "".join(map(_text, kept)))
+            write_atomically(self.lines_file, "".join(map(line_of, kept)))
 
     def keep(self, start: dict[str, Tensor]) -> None:
         """Save what learns as it is at the start, from which a resumed run makes its reference again."""
@@ -81,7 +81,3 @@ class DriftRecord:
             raise CheckpointError(
                 f"Expected the run's start in {self.reference_file}, found a damaged file ({cause}); {ADVICE}"
             ) from error
-
-
-def _text(line: dict[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"

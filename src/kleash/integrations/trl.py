@@ -18,15 +18,15 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kleash.errors import CheckpointError, ConfigError, ModelError
+from kleash.generators import untouched_generators
 from kleash.integrations.drift_record import ADVICE, DriftRecord
 from kleash.integrations.fixed_reference import given_reference, start_again
-from kleash.integrations.randomness import untouched_generators
 from kleash.integrations.view import is_sharded, view_of
 from kleash.measured import MeasuredDrift
 from kleash.measurement import MeasureConfig, measure
 from kleash.models import fingerprint, learning_names
 from kleash.pair import ModelOrPath
-from kleash.prompts import load_prompts, require_prompts
+from kleash.prompts import as_rows, load_prompts, require_prompts
 from kleash.reference import frozen_copy
 
 
@@ -68,9 +68,8 @@ class DriftCallback(TrainerCallback):
         require_trainer(trainer)
         if every < 1:
             raise ConfigError(f"Expected every to be at least 1 step, found {every}; raise it.")
-        rows: list[Any] = load_prompts(prompts) if isinstance(prompts, str | Path) else list(prompts)
         self.trainer = trainer
-        self.rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
+        self.rows = load_prompts(prompts) if isinstance(prompts, str | Path) else as_rows(prompts)
         require_prompts(self.rows, "the prompts")
         self.every = every
         self.given = reference

@@ -1,14 +1,11 @@
 """Every check of the self-test, in the order of the loop; what a fault leaves without meaning is not tried."""
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import numpy as np
-import torch
-
 from kleash.config import RunConfig
 from kleash.errors import ModelError, NonFiniteError, first_line
+from kleash.generators import untouched_generators
 from kleash.language_model import Models
 from kleash.parts import Parts
 from kleash.preflight.agreement import (
@@ -130,17 +127,13 @@ def _on_a_sample(
 
 @contextmanager
 def _without_a_trace(parts: Parts) -> Iterator[None]:
-    """Within, gradients and random numbers may be used; afterwards both are as they were."""
+    """Within, gradients and random numbers may be used, also by a reward; afterwards both are as they were."""
     kept = [(parameter, parameter.grad) for model in parts.every_model for parameter in model.parameters()]
-    on_gpu = {parameter.device for parameter, _ in kept if parameter.device.type == "cuda"}
-    python, numbers = random.getstate(), np.random.get_state()  # a reward may draw from either
     _clear_gradients(parts)
     try:
-        with torch.random.fork_rng(on_gpu):
+        with untouched_generators(*(parameter.device for parameter, _ in kept)):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
         for parameter, gradient in kept:
             parameter.grad = gradient
 

@@ -13,9 +13,8 @@ from kleash.kl_form import FORMS
 from kleash.language_model import Models
 from kleash.models import trainable_parameters
 from kleash.parts import Parts
-from kleash.ppo import Targets, micro_batch_sums
+from kleash.ppo import Targets, micro_batch_sums, summed_loss
 from kleash.preflight.check import Check, failed, passed, warned
-from kleash.preflight.step import loss_of
 
 NAME = "memory"
 COMFORTABLE = 0.8  # of what is available
@@ -80,7 +79,7 @@ def _one_step(parts: Parts, config: RunConfig, models: Models, rows: int) -> Non
     )
     part = micro_batch_of(rollout, torch.arange(rows))
     sums = micro_batch_sums(models, part, targets, config.ppo, temperature=config.rollout.temperature)
-    loss_of(sums, config).backward()  # type: ignore[no-untyped-call]
+    (summed_loss(sums, config.ppo) / sums.tokens).backward()  # type: ignore[no-untyped-call]
 
 
 def _largest_rollout(parts: Parts, config: RunConfig, rows: int) -> Rollout:

@@ -9,7 +9,7 @@ from kleash.kl_form import FORMS
 from kleash.language_model import Models
 from kleash.masking import one_process
 from kleash.parts import Parts
-from kleash.ppo import LOSSES, StepSums, micro_batch_sums
+from kleash.ppo import LOSSES, StepSums, micro_batch_sums, summed_loss
 from kleash.preflight.check import Check, failed, passed, warned
 from kleash.preflight.sample import Sample
 from kleash.preflight.tokens import scoring_models
@@ -35,14 +35,9 @@ def step_checks(
     )
     part = micro_batch_of(sample.rollout, rows)
     sums = micro_batch_sums(models, part, aim.targets, config.ppo, temperature=config.rollout.temperature)
-    loss = loss_of(sums, config)
+    loss = summed_loss(sums, config.ppo) / sums.tokens
     loss.backward()  # type: ignore[no-untyped-call]
     return [_ratio_1(sums), _gradients_arrive(parts) if bool(loss.isfinite()) else _infinite_loss(sums)]
-
-
-def loss_of(sums: StepSums, config: RunConfig) -> Tensor:
-    """The mean loss of a micro-batch."""
-    return (sums.policy_loss + sums.leash_loss + config.ppo.value_coefficient * sums.value_loss) / sums.tokens
 
 
 def _ratio_1(sums: StepSums) -> Check:

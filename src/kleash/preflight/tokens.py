@@ -9,7 +9,7 @@ from kleash.config import RunConfig
 from kleash.models import response_logits, tokenizer_beside
 from kleash.parts import Parts
 from kleash.preflight.check import Check, failed, passed, warned
-from kleash.scorers import ModelScorer, Scorer, TextModelScorer, WeightedScorer
+from kleash.scorers import ModelScorer, TextModelScorer, model_scorers
 
 STRAY_MASS = 0.01  # of the policy's probability, on tokens that the tokenizer does not know
 PLAIN: dict[str, tuple[object, ...]] = {  # values of a generation config that leave the softmax as it is
@@ -34,13 +34,8 @@ PLAIN: dict[str, tuple[object, ...]] = {  # values of a generation config that l
 def scoring_models(parts: Parts) -> Iterator[tuple[str, ModelScorer | TextModelScorer]]:
     """(role, scorer) of every reward model among the reward and the held-out judge."""
     for role, scorer in (("reward", parts.scorer), ("judge", parts.eval_scorer)):
-        yield from ((role, part) for part in _leaves(scorer))
-
-
-def _leaves(scorer: Scorer | None) -> list[ModelScorer | TextModelScorer]:
-    if isinstance(scorer, WeightedScorer):
-        return [leaf for part in scorer.scorers for leaf in _leaves(part)]
-    return [scorer] if isinstance(scorer, ModelScorer | TextModelScorer) else []
+        if scorer is not None:
+            yield from ((role, part) for part in model_scorers(scorer))
 
 
 def tokenizers_match(parts: Parts) -> Check:
