@@ -363,6 +363,7 @@ def test_only_the_first_process_measures(start, tmp_path):
 TWO_PROCESSES = """
 import os, sys
 from pathlib import Path
+import torch
 import test_trl
 trainer = test_trl.supervised(Path(sys.argv[1]), test_trl.loaded(Path(sys.argv[2])))
 if sys.argv[3] == "watched":
@@ -371,6 +372,7 @@ test_trl.train(trainer)
 assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
 if os.environ["RANK"] == "0":
     print("weights", test_trl.fingerprint(trainer.model))
+torch.distributed.destroy_process_group()  # left to the interpreter's end, gloo's threads may abort the process
 """
 
 
@@ -389,9 +391,10 @@ def test_two_processes_train_as_without_the_callback_and_write_one_record(start:
             },
             capture_output=True,
             text=True,
-            check=True,
+            check=False,
             timeout=300,
         )
+        assert done.returncode == 0, done.stderr
         weights += [line for line in done.stdout.splitlines() if line.startswith("weights")]
     assert len(weights) == 2
     assert weights[0] == weights[1]
