@@ -361,7 +361,7 @@ def test_only_the_first_process_measures(start, tmp_path):
 
 
 TWO_PROCESSES = """
-import os, sys
+import gc, os, sys
 from pathlib import Path
 import torch
 import test_trl
@@ -372,7 +372,10 @@ test_trl.train(trainer)
 assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
 if os.environ["RANK"] == "0":
     print("weights", test_trl.fingerprint(trainer.model))
-torch.distributed.destroy_process_group()  # left to the interpreter's end, gloo's threads may abort the process
+del trainer  # its wrapped model holds the process group, whose threads would outlive it and may abort the interpreter
+gc.collect()
+torch.distributed.destroy_process_group()
+assert not [task for task in Path("/proc/self/task").glob("*/comm") if "gloo" in task.read_text()]
 """
 
 

@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 the run stopped itself or a check failed; 2 bad usage or i
 Results go to stdout, progress and errors to stderr.
 """
 
+import gc
 import json
 import os
 import shlex
@@ -246,10 +247,15 @@ def _print_train_help(keys: type) -> None:
 
 
 def _part_processes() -> None:
-    """Leave the group of processes that a launcher started, once the work is done."""
+    """Leave the group of processes that a launcher started, once the work is done.
+
+    The group's threads end with the last that holds it, such as a wrapped model; those that are left when Python ends
+    may abort it.
+    """
     import torch
 
     if torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
