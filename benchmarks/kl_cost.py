@@ -120,6 +120,12 @@ def ours(case: Case) -> Statistics:
     return stats.policy_logprobs, stats.kl_policy_ref_per_token
 
 
+def ours_with_ref_entropy(case: Case) -> Statistics:
+    """The same and the reference's entropy, as a measurement wants them."""
+    stats = token_stats(case.hidden, case.head, case.ref_hidden, case.ref_head, case.tokens, ref_entropy=True)
+    return stats.policy_logprobs, stats.kl_policy_ref_per_token
+
+
 def our_logprobs(case: Case) -> Statistics:
     """Each model by itself; each also folds its entropy, a leaner pass does not exist."""
     logprobs, _ = logprobs_of(case.hidden, Head(weight=case.head), case.tokens)
@@ -215,6 +221,7 @@ def contenders(device: str) -> tuple[list[Contender], list[Contender]]:
     """Forward, and forward with backward; ours comes first."""
     forward = [
         Contender("ours: log-probs, KL, entropy", ours, judged=ours),
+        Contender("ours: and the reference's entropy", ours_with_ref_entropy, judged=ours_with_ref_entropy),
         Contender("ours: log-probs of each model", our_logprobs),
         Contender("(a) log-probs, full logits", plain_logprobs),
         Contender("(b) KL, two log-softmaxes", plain_kl, judged=plain_kl),

@@ -23,7 +23,7 @@ from kleash.fused.stats import TokenStats, logprobs_of, stats_of, token_stats
 from kleash.logprobs import full_log_probs, token_logprobs
 
 NAMES = [field.name for field in fields(TokenStats)]
-DIFFERENTIABLE = [name for name in NAMES if name != "ref_logprobs"]
+DIFFERENTIABLE = [name for name in NAMES if name not in ("ref_logprobs", "ref_entropy")]
 DIVERGENCES = ["kl_policy_ref_per_token", "kl_ref_policy_per_token"]
 
 
@@ -50,6 +50,7 @@ class Case:
             temperature=self.temperature,
             vocab=self.vocab,
             both_ways=True,
+            ref_entropy=True,
         )
 
     def plain(self, rows: Tensor | slice = slice(None)) -> TokenStats:
@@ -62,6 +63,7 @@ class Case:
             kl_policy_ref_per_token=kl_divergence(log_pi, log_rho),
             policy_entropy=entropy(log_pi),
             kl_ref_policy_per_token=kl_divergence(log_rho, log_pi),
+            ref_entropy=entropy(log_rho),
         )
 
     def _log_probs(self, hidden: Tensor, head: Head) -> Tensor:
@@ -284,18 +286,22 @@ def test_every_keyword_reaches_its_own_model():
         temperature=0.6,
         vocab=6,
         both_ways=True,
+        ref_entropy=True,
     )
     tokens = case.tokens % 6
     truth = replace(case, head=head, ref_head=ref_head, tokens=tokens, temperature=0.6, vocab=6).plain()
     assert_same(found, truth)
 
 
-def test_the_other_direction_only_where_it_is_asked_for():
+@pytest.mark.parametrize("asked", [{}, {"both_ways": True}, {"ref_entropy": True}])
+def test_what_costs_more_only_where_it_is_asked_for_and_without_a_bit_of_change_to_the_rest(asked):
     case = random_case(1, tokens=5, vocab=7, width=3)
-    one_way = stats_of(case.hidden, case.head, case.ref_hidden, case.ref_head, case.tokens)
-    assert one_way.kl_ref_policy_per_token is None
-    for name in set(NAMES) - {"kl_ref_policy_per_token"}:
-        assert torch.equal(getattr(one_way, name), getattr(case.fused(), name))
+    found = stats_of(case.hidden, case.head, case.ref_hidden, case.ref_head, case.tokens, **asked)
+    extra = {"both_ways": "kl_ref_policy_per_token", "ref_entropy": "ref_entropy"}
+    absent = {name for keyword, name in extra.items() if keyword not in asked}
+    assert {name for name in NAMES if getattr(found, name) is None} == absent
+    for name in set(NAMES) - absent:
+        assert torch.equal(getattr(found, name), getattr(case.fused(), name)), name
 
 
 def test_tokens_that_only_pad_a_vocabulary_are_never_looked_at():
@@ -554,6 +560,7 @@ def test_a_model_is_exactly_zero_away_from_itself(dtype, tokens, vocab, width):
             stats = same.fused()
             assert torch.equal(stats.kl_policy_ref_per_token, zero)
             assert torch.equal(stats.kl_ref_policy_per_token, zero)
+            assert torch.equal(stats.ref_entropy, stats.policy_entropy)
             assert torch.equal(stats.policy_logprobs, stats.ref_logprobs)
 
 

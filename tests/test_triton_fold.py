@@ -160,18 +160,23 @@ def check_policy_alone(device: torch.device) -> None:
             assert torch.equal(own, other), name
 
 
-def check_one_way(device: torch.device) -> None:
-    """Without the other direction everything else is the same, to the bit."""
+def check_less(device: torch.device) -> None:
+    """Without the other direction or the reference's entropy everything else is the same, to the bit."""
     case = on(CASES["several tiles"](), device)
-    with tiny_tiles(), folded_in(triton=True):
-        request = sweep.Request(
-            tokens=case.tokens, ref=(case.ref_hidden, case.ref_head), temperature=1.0, vocab=19, both_ways=False
-        )
-        one_way, both = sweep.swept(request, case.hidden, case.head), case.fused()
-    assert len(one_way) == 4
-    names = ("policy_logprobs", "policy_entropy", "kl_policy_ref_per_token", "ref_logprobs")
-    for column, name in zip(one_way, names, strict=True):
-        assert torch.equal(column, getattr(both, name)), name
+    everything = {"both_ways": True, "ref_entropy": True}
+    for left_out, name in (("both_ways", "kl_ref_policy_per_token"), ("ref_entropy", "ref_entropy")):
+        with tiny_tiles(), folded_in(triton=True):
+            request = sweep.Request(
+                tokens=case.tokens,
+                ref=(case.ref_hidden, case.ref_head),
+                temperature=1.0,
+                vocab=19,
+                **{**everything, left_out: False},
+            )
+            less, whole = sweep.swept(request, case.hidden, case.head), case.fused()
+        assert less.keys() == set(NAMES) - {name}
+        for statistic, column in less.items():
+            assert torch.equal(column, getattr(whole, statistic)), statistic
 
 
 def check_itself(dtype: torch.dtype, device: torch.device) -> None:
@@ -187,6 +192,7 @@ def check_itself(dtype: torch.dtype, device: torch.device) -> None:
         assert torch.equal(stats.kl_policy_ref_per_token, zero)
         assert torch.equal(stats.kl_ref_policy_per_token, zero)
         assert torch.equal(stats.policy_logprobs, stats.ref_logprobs)
+        assert torch.equal(stats.policy_entropy, stats.ref_entropy)
 
 
 def check_precision(dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int]) -> None:
@@ -337,8 +343,8 @@ def test_the_policy_alone_says_the_same_bits_and_leads_back_the_same_way(interpr
     interpreted(check_policy_alone, CPU)
 
 
-def test_one_way_says_the_same_bits_as_both_ways(interpreted):
-    interpreted(check_one_way, CPU)
+def test_who_asks_for_less_gets_the_same_bits(interpreted):
+    interpreted(check_less, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -381,6 +387,7 @@ ABSENT_REF = (
     "reaches_forbidden",
     "ref_shift",
     "ref_total",
+    "ref_energy",
     "ref_cross",
     "ref_reaches_forbidden",
 )
@@ -430,8 +437,14 @@ def compile_kernel(name: str, absent: tuple[str, ...], number: str, capability: 
 @pytest.mark.parametrize(("number", "capability"), [("fp32", 80), ("fp32", 90), ("fp32", 120), ("fp64", 90)])
 @pytest.mark.parametrize(
     ("name", "absent"),
-    [("fold_kernel", ()), ("fold_kernel", ABSENT_REF), ("gradient_kernel", ()), ("gradient_kernel", ABSENT_KL)],
-    ids=["fold of a pair", "fold of one", "gradient", "gradient of one"],
+    [
+        ("fold_kernel", ()),
+        ("fold_kernel", ("ref_energy",)),
+        ("fold_kernel", ABSENT_REF),
+        ("gradient_kernel", ()),
+        ("gradient_kernel", ABSENT_KL),
+    ],
+    ids=["fold of a pair", "fold of a pair without the reference's entropy", "fold of one", "gradient", "of one"],
 )
 def test_the_kernels_compile(name, absent, number, capability, compiled):
     compiled(compile_kernel, name, absent, number, capability)

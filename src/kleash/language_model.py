@@ -6,6 +6,7 @@ model is served by its full logits.
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +24,20 @@ from kleash.models import response_logits
 PLAIN_ROWS = 1024
 LOGITS_AT_ONCE = 2**23  # of one model, where the likeliest tokens are looked for: 32 MiB of float32
 
-Columns = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PositionStats:
     """What is known of each response token, [rows, time] nats, exactly 0 off the mask.
 
     Without a reference, ref_logprobs and kl_policy_ref_per_token are None; without a first reference beside it,
-    kl_policy_first_ref_per_token is.
+    kl_policy_first_ref_per_token is; unless it is asked for, ref_entropy is.
     """
 
     policy_logprobs: Tensor
     policy_entropy: Tensor
-    ref_logprobs: Tensor | None
-    kl_policy_ref_per_token: Tensor | None
+    ref_logprobs: Tensor | None = None
+    kl_policy_ref_per_token: Tensor | None = None
+    ref_entropy: Tensor | None = None
     kl_policy_first_ref_per_token: Tensor | None = None
 
 
@@ -102,18 +102,20 @@ class LanguageModel(nn.Module):
         first_ref: RefStates | None = None,
         *,
         temperature: float,
+        ref_entropy: bool = False,
     ) -> PositionStats:
-        """What `forward` gives, from this model's states of the micro-batch: no forward pass is made."""
+        """What `forward` gives, from this model's states of the micro-batch: no forward pass is made.
+
+        Args:
+          ref_entropy: also the entropy of the reference.
+        """
         mask = part.response_mask
-        logprobs, entropies, ref_logprobs, kl = self._columns(states, ref, part.responses[mask], temperature)
-        first_kl = None if first_ref is None else self._columns(states, first_ref, part.responses[mask], temperature)[3]
-        return PositionStats(
-            policy_logprobs=unpacked(logprobs, mask),
-            policy_entropy=unpacked(entropies, mask),
-            ref_logprobs=None if ref_logprobs is None else unpacked(ref_logprobs, mask),
-            kl_policy_ref_per_token=None if kl is None else unpacked(kl, mask),
-            kl_policy_first_ref_per_token=None if first_kl is None else unpacked(first_kl, mask),
-        )
+        tokens = part.responses[mask]
+        columns = self._columns(states, ref, tokens, temperature, ref_entropy=ref_entropy)
+        if first_ref is not None:
+            to_first = self._columns(states, first_ref, tokens, temperature)
+            columns["kl_policy_first_ref_per_token"] = to_first["kl_policy_ref_per_token"]
+        return PositionStats(**{name: unpacked(column, mask) for name, column in columns.items()})
 
     @torch.no_grad()
     def most_likely(self, states: Tensor, *, count: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -140,17 +142,22 @@ class LanguageModel(nn.Module):
             logprobs[some], tokens[some] = full_log_probs(logits, temperature=temperature).topk(shape[1])
         return tokens, logprobs
 
-    def _columns(self, states: Tensor, ref: RefStates | None, tokens: Tensor, temperature: float) -> Columns:
-        """Log-probs, entropy, the reference's log-probs, exact KL; each [tokens], the last two None without one."""
+    def _columns(
+        self, states: Tensor, ref: RefStates | None, tokens: Tensor, temperature: float, *, ref_entropy: bool = False
+    ) -> dict[str, Tensor]:
+        """What is known of each token, under the names of PositionStats; each [tokens]."""
         if self.linear is None:
-            return _plain_columns(states, None if ref is None else ref.states, tokens, temperature)
+            ref_logits = None if ref is None else ref.states
+            return _plain_columns(states, ref_logits, tokens, temperature, ref_entropy=ref_entropy)
         head = self.linear.of(self.model)
+        how: dict[str, Any] = {"temperature": temperature, "vocab": self.vocab}
         if ref is None:
-            return *logprobs_of(states, head, tokens, temperature=temperature, vocab=self.vocab), None, None
+            logprobs, policy_entropy = logprobs_of(states, head, tokens, **how)
+            return {"policy_logprobs": logprobs, "policy_entropy": policy_entropy}
         assert ref.model.linear is not None
         ref_head = ref.model.linear.of(ref.model.model)
-        stats = stats_of(states, head, ref.states, ref_head, tokens, temperature=temperature, vocab=self.vocab)
-        return stats.policy_logprobs, stats.policy_entropy, stats.ref_logprobs, stats.kl_policy_ref_per_token
+        stats = stats_of(states, head, ref.states, ref_head, tokens, **how, ref_entropy=ref_entropy)
+        return {name: column for name, column in vars(stats).items() if column is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +173,9 @@ class Models:
     first_reference: LanguageModel | None = None
 
 
-def _plain_columns(logits: Tensor, ref_logits: Tensor | None, tokens: Tensor, temperature: float) -> Columns:
+def _plain_columns(
+    logits: Tensor, ref_logits: Tensor | None, tokens: Tensor, temperature: float, *, ref_entropy: bool
+) -> dict[str, Tensor]:
     """The columns from full logits, a limited number of positions at a time."""
     rows = zip(
         torch.split(logits, PLAIN_ROWS),
@@ -174,17 +183,22 @@ def _plain_columns(logits: Tensor, ref_logits: Tensor | None, tokens: Tensor, te
         torch.split(tokens, PLAIN_ROWS),
         strict=True,
     )
-    parts = []
+    parts: list[dict[str, Tensor]] = []
     for some, some_ref, chosen in rows:
         policy = full_log_probs(some, temperature=temperature)
-        part = [policy.gather(-1, chosen.unsqueeze(-1)).squeeze(-1), entropy(policy)]
+        part = {"policy_logprobs": _chosen(policy, chosen), "policy_entropy": entropy(policy)}
         if ref_logits is not None:
             ref = full_log_probs(some_ref, temperature=temperature)
-            part += [ref.gather(-1, chosen.unsqueeze(-1)).squeeze(-1), kl_divergence(policy, ref)]
+            part["ref_logprobs"] = _chosen(ref, chosen)
+            part["kl_policy_ref_per_token"] = kl_divergence(policy, ref)
+            if ref_entropy:
+                part["ref_entropy"] = entropy(ref)
         parts.append(part)
-    logprobs, entropies, *beside = (torch.cat(column) for column in zip(*parts, strict=True))
-    ref_logprobs, kl = beside or (None, None)
-    return logprobs, entropies, ref_logprobs, kl
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _chosen(logprobs: Tensor, tokens: Tensor) -> Tensor:
+    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def language_models(

@@ -68,17 +68,8 @@ def reading_of(
     """
     part = micro_batch_of(rollout, torch.arange(len(rollout.sequences)))
     states, ref = policy.states(part), reference.ref_states(part)
-    stats = policy.statistics(states, part, ref, temperature=temperature)
-    ref_stats = reference.statistics(ref.states, part, None, temperature=temperature)
-    assert stats.ref_logprobs is not None
-    assert stats.kl_policy_ref_per_token is not None
-    columns = {
-        "policy_logprobs": stats.policy_logprobs,
-        "ref_logprobs": stats.ref_logprobs,
-        "kl_policy_ref_per_token": stats.kl_policy_ref_per_token,
-        "policy_entropy": stats.policy_entropy,
-        "ref_entropy": ref_stats.policy_entropy,
-    }
+    stats = policy.statistics(states, part, ref, temperature=temperature, ref_entropy=True)
+    columns = {name: values for name, values in vars(stats).items() if values is not None}
     for name, values in columns.items():
         require_finite_per_token(name, values)
     reading = Reading(**columns, alternatives=None)

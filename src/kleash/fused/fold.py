@@ -97,15 +97,18 @@ def fold_pair(
     buffers: Buffers,
     *,
     both_ways: bool,
+    ref_entropy: bool,
     some_forbidden: bool,
 ) -> None:
     """Fold one tile of both models; the logits are overwritten.
 
     Args:
-      policy, ref: sums so far; policy.cross and policy.energy are kept, ref.cross only if both_ways.
+      policy, ref: sums so far; policy.cross and policy.energy are kept, ref.cross only if both_ways, ref.energy only
+        if ref_entropy.
       policy_logits, ref_logits: [tokens, width].
       buffers: memory for intermediate tiles.
       both_ways: also KL(reference || policy).
+      ref_entropy: also the reference's entropy.
       some_forbidden: -inf may stand among the logits; without it such a tile gives NaN.
     """
     forbidden = _forbidden(policy, ref, policy_logits, ref_logits) if some_forbidden else None
@@ -117,7 +120,8 @@ def fold_pair(
     ref.cross = ref.cross + ref.total * (ref_lowered - lowered)
     weights = _add_tile(policy, policy_logits, lowered, buffers, some_forbidden=some_forbidden)
     policy.cross = policy.cross + torch.linalg.vecdot(weights, difference).unsqueeze(1)
-    weights = _add_tile(ref, ref_logits, ref_lowered, None, some_forbidden=some_forbidden)
+    of_energy = buffers if ref_entropy else None
+    weights = _add_tile(ref, ref_logits, ref_lowered, of_energy, some_forbidden=some_forbidden)
     if both_ways:
         ref.cross = ref.cross - torch.linalg.vecdot(weights, difference).unsqueeze(1)
 

@@ -20,6 +20,7 @@ class TokenStats:
     kl_policy_ref_per_token: Tensor
     policy_entropy: Tensor
     kl_ref_policy_per_token: Tensor | None = None
+    ref_entropy: Tensor | None = None
 
 
 def token_stats(
@@ -38,6 +39,7 @@ def token_stats(
     temperature: float = 1.0,
     vocab: int | None = None,
     both_ways: bool = False,
+    ref_entropy: bool = False,
 ) -> TokenStats:
     """Exact KL(policy || reference), entropy and sampled log-probs at N positions, without a tensor [N, vocab].
 
@@ -65,6 +67,7 @@ def token_stats(
       vocab: only the first so many tokens exist; None = as many as the smaller head has, so a vocabulary that one
         model pads to a rounder size is cut to the other's.
       both_ways: also kl_ref_policy_per_token = KL(reference || policy).
+      ref_entropy: also ref_entropy = -sum_v rho(v) log rho(v).
 
     Returns:
       TokenStats, each [N] in nats, float32 (float64 for float64 inputs). A KL is +inf where the second model
@@ -90,6 +93,7 @@ def token_stats(
         temperature=temperature,
         vocab=vocab,
         both_ways=both_ways,
+        ref_entropy=ref_entropy,
     )
 
 
@@ -103,6 +107,7 @@ def stats_of(
     temperature: float = 1.0,
     vocab: int | None = None,
     both_ways: bool = False,
+    ref_entropy: bool = False,
 ) -> TokenStats:
     """`token_stats` with each head in one piece."""
     require_head("policy", policy_hidden, policy_head)
@@ -121,15 +126,9 @@ def stats_of(
         temperature=temperature,
         vocab=counted,
         both_ways=both_ways,
+        ref_entropy=ref_entropy,
     )
-    logprobs, entropy, kl, ref_logprobs, *reverse = swept(request, policy_hidden, policy_head)
-    return TokenStats(
-        policy_logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
-        kl_policy_ref_per_token=kl,
-        policy_entropy=entropy,
-        kl_ref_policy_per_token=reverse[0] if both_ways else None,
-    )
+    return TokenStats(**swept(request, policy_hidden, policy_head))
 
 
 def logprobs_of(
@@ -142,9 +141,9 @@ def logprobs_of(
     require_head("policy", hidden, head)
     counted = head.vocab if vocab is None else vocab
     _require_inputs(hidden, head, tokens, temperature=temperature, vocab=counted)
-    request = Request(tokens=tokens, ref=None, temperature=temperature, vocab=counted, both_ways=False)
-    logprobs, entropy = swept(request, hidden, head)
-    return logprobs, entropy
+    request = Request(tokens=tokens, ref=None, temperature=temperature, vocab=counted)
+    stats = swept(request, hidden, head)
+    return stats["policy_logprobs"], stats["policy_entropy"]
 
 
 def _require_inputs(hidden: Tensor, head: Head, tokens: Tensor, *, temperature: float, vocab: int) -> None:

@@ -47,19 +47,26 @@ def fold_pair(
     buffers: Buffers,
     *,
     both_ways: bool,
+    ref_entropy: bool,
     some_forbidden: bool,
 ) -> None:
     """Fold one tile of both models, in place of the sums; `fold.fold_pair` says what, -inf is always handled."""
-    _fold(policy, policy_logits, ref, ref_logits, both_ways=both_ways)
+    _fold(policy, policy_logits, ref, ref_logits, both_ways=both_ways, ref_entropy=ref_entropy)
 
 
 def fold_one(own: Normaliser, logits: Tensor, buffers: Buffers, *, some_forbidden: bool) -> None:
     """Fold one tile of one model, in place of the sums; `fold.fold_one` says what, -inf is always handled."""
-    _fold(own, logits, None, None, both_ways=False)
+    _fold(own, logits, None, None, both_ways=False, ref_entropy=False)
 
 
 def _fold(
-    own: Normaliser, logits: Tensor, other: Normaliser | None, other_logits: Tensor | None, *, both_ways: bool
+    own: Normaliser,
+    logits: Tensor,
+    other: Normaliser | None,
+    other_logits: Tensor | None,
+    *,
+    both_ways: bool,
+    ref_entropy: bool,
 ) -> None:
     from kleash.fused.triton_kernels import fold_kernel
 
@@ -70,9 +77,12 @@ def _fold(
             other_logits,
             *(own.shift, own.total, own.energy, own.cross, own.reaches_forbidden.view(torch.uint8)),
             *(
-                (None, None, None, None)
+                (None, None, None, None, None)
                 if other is None
-                else (other.shift, other.total, other.cross, other.reaches_forbidden.view(torch.uint8))
+                else (
+                    *(other.shift, other.total, other.energy if ref_entropy else None),
+                    *(other.cross, other.reaches_forbidden.view(torch.uint8)),
+                )
             ),
             width,
             both_ways=both_ways,

@@ -25,6 +25,7 @@ def fold_kernel(
     reaches_forbidden,
     ref_shift,
     ref_total,
+    ref_energy,
     ref_cross,
     ref_reaches_forbidden,
     width,
@@ -42,6 +43,7 @@ def fold_kernel(
       logits: [tokens, width] z.
       ref_logits: [tokens, width] w, or None = the policy alone; then ref_* and cross are not touched.
       shift, total, energy, cross, ref_shift, ref_total, ref_cross: [tokens], of the logits' type, updated.
+      ref_energy: the same, or None = not wanted.
       reaches_forbidden, ref_reaches_forbidden: [tokens] uint8, updated.
       width: columns of the tile.
       both_ways: also ref_cross, which is not touched otherwise.
@@ -59,6 +61,8 @@ def fold_kernel(
         other_shift = tl.load(ref_shift + row)
         other_total = tl.where(first, tl.load(ref_total + row), 0.0)
         other_reaches = first & (tl.load(ref_reaches_forbidden + row) != 0)
+        if ref_energy is not None:
+            other_energy = tl.where(first, tl.load(ref_energy + row), 0.0)
         if both_ways:
             other_cross = tl.where(first, tl.load(ref_cross + row), 0.0)
     for start in range(0, width, block):
@@ -77,6 +81,9 @@ def fold_kernel(
             own_reaches = own_reaches | ((z != float("-inf")) & (w == float("-inf")))
             if both_ways:
                 other_cross = tl.fma(ref_weights, -difference, tl.fma(other_total, -moved, other_cross) * ref_rescale)
+            if ref_energy is not None:
+                moved_energy = tl.fma(other_total, ref_lowered, other_energy)
+                other_energy = tl.fma(ref_weights, ref_centred, moved_energy * ref_rescale)
             other_total = tl.fma(other_total, ref_rescale, ref_weights)
             other_reaches = other_reaches | ((w != float("-inf")) & (z == float("-inf")))
         own_energy = tl.fma(weights, centred, tl.fma(own_total, lowered, own_energy) * rescale)
@@ -90,6 +97,8 @@ def fold_kernel(
         tl.store(ref_shift + row, other_shift)
         tl.store(ref_total + row, tl.sum(other_total, 0))
         tl.store(ref_reaches_forbidden + row, tl.max(other_reaches.to(tl.int32), 0).to(tl.uint8))
+        if ref_energy is not None:
+            tl.store(ref_energy + row, tl.sum(other_energy, 0))
         if both_ways:
             tl.store(ref_cross + row, tl.sum(other_cross, 0))
 
