@@ -1,5 +1,6 @@
 """A policy and a reference over one vocabulary: loaded, or taken as they are, and held against each other."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from tiny import LIVELY, WORDS, tiny_policy, tiny_tokenizer
 
 from kleash.errors import ModelError
+from kleash.models import load_causal_model
 from kleash.pair import load_pair, name_of, training_modes_kept
 
 peft = pytest.importorskip("peft")
@@ -93,6 +95,68 @@ def test_an_adapter_is_loaded_with_its_base_and_without_a_tokenizer_of_its_own_t
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert (found - plain).abs().max() > 1e-3
     assert pair.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def bytes_of(*models: torch.nn.Module) -> int:
+    """What the parameters take, those that several models share once."""
+    held = {parameter.data_ptr(): parameter.nbytes for model in models for parameter in model.parameters()}
+    return sum(held.values())
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[3, 4, 5, 6]])).logits
+
+
+ADAPTERS = {
+    "low rank": {"target_modules": ["q_proj", "v_proj"]},
+    "on the embeddings": {"target_modules": ["embed_tokens", "o_proj"]},
+    "with a head of its own": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "with magnitudes": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:.*(embedding|tie_word)")  # and peft says what it does with embeddings
+@pytest.mark.filterwarnings("ignore:Expected a .* found a head of type ModulesToSaveWrapper")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_base_under_two_adapters_or_beside_one_is_held_once_and_says_what_it_said(tmp_path, kind, tied):
+    if tied and kind == "with a head of its own":
+        pytest.skip("a head of its own is not tied")
+    base = saved(tmp_path, "base", architecture="llama", tie_word_embeddings=tied)
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=2, init_lora_weights=False, **ADAPTERS[kind])
+        adapted = peft.get_peft_model(load_causal_model(base, "test"), config)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.01 * seed)
+        adapted.save_pretrained(tmp_path / f"adapter{seed}")
+    alone = {
+        path: load_causal_model(path, "test") for path in (base, *(tmp_path / f"adapter{seed}" for seed in (3, 4)))
+    }
+    whole = bytes_of(alone[base])
+    for policy, reference in itertools.permutations(alone, 2):
+        pair = load_pair(policy, reference, tokenizer=tiny_tokenizer())
+        models = {policy: pair.policy.model, reference: pair.reference.model}
+        for path, model in models.items():
+            assert torch.equal(logits_of(model), logits_of(alone[path])), path
+        adapters = sum(bytes_of(alone[path]) - whole for path in models)
+        assert bytes_of(*models.values()) == whole + adapters
+
+
+def test_parameters_that_differ_are_held_by_each_and_those_of_models_that_were_given_are_left_alone(tmp_path):
+    path, other = saved(tmp_path, "p"), tiny_policy(0, **LIVELY)
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_fc.weight[0, 0] += 1
+    other.save_pretrained(tmp_path / "r")
+    pair = load_pair(path, tmp_path / "r")
+    own, its = (dict(one.model.named_parameters()) for one in (pair.policy, pair.reference))
+    assert [name for name in own if own[name] is not its[name]] == ["transformer.h.0.mlp.c_fc.weight"]
+    assert torch.equal(logits_of(pair.reference.model), logits_of(other))
+    for pair in (load_pair(path, other), load_pair(other, path, tokenizer=tiny_tokenizer())):
+        assert bytes_of(pair.policy.model, pair.reference.model) == 2 * bytes_of(other)
 
 
 def test_another_tokenizer_is_refused_with_the_first_token_that_differs(tmp_path):

@@ -228,14 +228,16 @@ def load_adapter_tensors(model: PreTrainedModel, tensors: dict[str, Tensor], sou
 
     name, own = adapter_name(model), {key.removeprefix(ADAPTER_PREFIX): tensor for key, tensor in tensors.items()}
     assert name is not None
-    places = {tensor.data_ptr() for tensor in adapter_tensors(model).values()}
+    places = {key: tensor.data_ptr() for key, tensor in adapter_tensors(model).items()}
+    filled = {place for key, place in places.items() if key in tensors}  # also under the other name of a tied tensor
+    awaiting = set(places.values()) - filled
     try:
         result: Any = set_peft_model_state_dict(model, own, adapter_name=name)
     except (RuntimeError, KeyError) as error:
         wrong = str(error).strip().splitlines()[-1].strip().rstrip(".")
         raise ModelError(f"Expected the adapter of the model in {source}, found {wrong}; give its own.") from error
     state = model.state_dict()
-    empty = [key for key in result.missing_keys if key in state and state[key].data_ptr() in places]
+    empty = [key for key in result.missing_keys if key in state and state[key].data_ptr() in awaiting]
     odd = [*(f"nothing for {key}" for key in empty), *(f"{key} without a place" for key in result.unexpected_keys)]
     if odd:
         raise ModelError(f"Expected the adapter of the model in {source}, found {odd[0]}; give its own.")
@@ -268,6 +270,25 @@ def copied(model: AnyModule, own: Collection[str]) -> AnyModule:
     """A deep copy with buffers and the named parameters of its own; all other parameters are the original's."""
     shared = {id(parameter): parameter for name, parameter in model.named_parameters() if name not in own}
     return copy.deepcopy(model, dict[int, object](shared))
+
+
+def hold_equal_parameters_once(model: nn.Module, other: nn.Module) -> None:
+    """Let `other` hold the parameters of `model` in place of its own, wherever they are equal to the bit.
+
+    Names tell which belong together, whatever an adapter has put between: a base model and an adapter on it come to
+    hold the base once. Neither may learn afterwards.
+    """
+    twins = {_plain_name(name): twin for name, twin in model.named_parameters(remove_duplicate=False)}
+    for name, own in list(other.named_parameters(remove_duplicate=False)):
+        twin = twins.get(_plain_name(name))
+        if twin is not None and twin.dtype == own.dtype and torch.equal(twin, own.to(twin.device)):
+            place, _, leaf = name.rpartition(".")
+            setattr(other.get_submodule(place), leaf, twin)
+
+
+def _plain_name(name: str) -> str:
+    """The name of a parameter as it was before an adapter was put around its layer."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
 
 
 def context_length(model: PreTrainedModel) -> int | None:

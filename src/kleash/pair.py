@@ -15,6 +15,7 @@ from kleash.models import (
     context_length,
     eos_token_ids,
     frozen,
+    hold_equal_parameters_once,
     load_causal_model,
     load_tokenizer,
     modes_kept,
@@ -66,7 +67,8 @@ def load_pair(
     """Load both models, or take them as they are, and check that they speak of the same tokens.
 
     Args:
-      policy, reference: models, or where to load them: checkpoints, or adapters, whose base is loaded with them.
+      policy, reference: models, or where to load them: checkpoints, or adapters, whose base is loaded with them. Of two
+        that are loaded, parameters that are equal, such as a common base, are held once.
       tokenizer: of the policy; None = loaded from where it came from.
       pad_token: an existing token to pad with, for a tokenizer that has none.
       dtype: of the weights that are loaded.
@@ -81,7 +83,7 @@ def load_pair(
     words = tokenizer or load_tokenizer(source, pad_token=pad_token)
     require_special_tokens(words)
     place = device or torch.accelerator.current_accelerator() or torch.device("cpu")
-    models = [_model(policy, "policy", dtype, place), _model(reference, "reference", dtype, place)]
+    models = _models(policy, reference, dtype, place)
     width = models[0].config.get_text_config().vocab_size
     require_same_vocabulary(words, source_of(reference), models[1], width)
     pair = language_models(*models, vocab=shared_vocabulary(*models))
@@ -93,15 +95,24 @@ def training_modes_kept(*models: ModelOrPath) -> AbstractContextManager[None]:
     return modes_kept(*(model for model in models if not isinstance(model, str | Path)))
 
 
-def _model(given: ModelOrPath, role: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model that is loaded, or one that was given, with dropout off."""
-    if not isinstance(given, str | Path):
-        model = causal_model(given)
-        model.eval()  # type: ignore[no-untyped-call]
-        return model
-    loaded = frozen(load_causal_model(given, role, dtype=dtype))
-    loaded.to(device)  # type: ignore[arg-type]
-    return loaded
+def _models(
+    policy: ModelOrPath, reference: ModelOrPath, dtype: torch.dtype, device: torch.device
+) -> list[PreTrainedModel]:
+    """Both models with dropout off; of two that are loaded, what is equal in both is held once."""
+    models: list[PreTrainedModel] = []
+    loaded: list[PreTrainedModel] = []
+    for role, given in (("policy", policy), ("reference", reference)):
+        if isinstance(given, str | Path):
+            model = frozen(load_causal_model(given, role, dtype=dtype))
+            for before in loaded:
+                hold_equal_parameters_once(before, model)
+            model.to(device)  # type: ignore[arg-type]
+            loaded.append(model)
+        else:
+            model = causal_model(given)
+            model.eval()  # type: ignore[no-untyped-call]
+        models.append(model)
+    return models
 
 
 def source_of(model: ModelOrPath) -> str | Path:
