@@ -727,6 +727,14 @@ def test_what_must_stay_and_takes_gradients_is_named(
     failing(run_yaml(world, tmp_path), "gradients arrive", f"of the {role}, which must stay, takes gradients")
 
 
+def test_gradients_of_a_reward_that_failed_come_from_scores_that_stand_in(world: World, tmp_path: Path) -> None:
+    """The value model's trunk has none below its head of zeros; the policy has, as it would with scores."""
+    found = [check(run_yaml(world, tmp_path, reward=f"test_preflight:{name}"))[1] for name in ("words", "nan_for_one")]
+    scored, failed = (one["gradients arrive"] for one in found)
+    assert (scored["status"], failed["status"]) == ("PASS", "PASS")
+    assert failed["found"] == scored["found"] + "; from scores 1 and 0, as the reward gave none"
+
+
 def test_scores_too_large_to_learn_from_are_named(world: World, tmp_path: Path) -> None:
     path = run_yaml(world, tmp_path, reward="test_preflight:enormous")
     failing(path, "gradients arrive", "the loss is not finite (policy_loss")
