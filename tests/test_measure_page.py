@@ -110,7 +110,7 @@ def test_the_bars_add_up_to_the_drift_and_have_the_mean_of_the_tokens_in_them(wi
 
 def test_the_narrowing_has_both_figures_and_gaps_for_what_is_missing() -> None:
     measured = a_measurement(some_maps())
-    measured["convergence"][0]["k1"]["low"] = None
+    measured["convergence"][0][f"{KL}_k1"]["low"] = None
     drawn = measure_page.narrowing(measured)
     assert drawn["n"] == [8, 16, 32]
     assert drawn["exact_low"] == [4.0 - 4 / n for n in (8, 16, 32)]
@@ -145,7 +145,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for row in given:
         del row[f"{KL}_k1"]
     one = maps[:1]
-    alone = a_measurement(one, convergence=[{"n": 1, "exact": around(1.5, None, 1), "k1": around(2.0, None, 1)}])
+    alone = a_measurement(one, convergence=[{"n": 1, KL: around(1.5, None, 1), f"{KL}_k1": around(2.0, None, 1)}])
     still = [a_token_map(["Soak", "<eos>"], [0.0, 0.0], index=index, prompt=str(index)) for index in range(3)]
     return {
         "measured": write_measure_page(a_measurement(maps), maps, base / "measured.html"),

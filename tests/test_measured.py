@@ -55,6 +55,7 @@ def test_every_interval_is_of_its_own_sums_and_of_the_prompts_where_each_has_as_
 
 def test_of_responses_that_somebody_else_wrote_no_figure_is_called_k1():
     own, others = found().figures, found(written_by_policy=False).figures
+    assert own["convergence"]
     assert others["log_ratio_per_sequence"] == own["kl_policy_ref_per_sequence_k1"]
     assert "_k1" not in json.dumps({key: value for key, value in others.items() if key[:3] != "k1_"})
     assert others["k1_responses_for_same_interval"] is None

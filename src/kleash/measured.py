@@ -79,7 +79,7 @@ def measured_drift(
         "by_prompt": by_prompt(tally, prompts, log_ratio=named.get(LOG_RATIO, LOG_RATIO)),
         "top_tokens": tally.places,
         "drifted_tokens": tally.drifted_tokens(),
-        "convergence": tally.convergence(),
+        "convergence": tally.convergence(written_by_policy=written),
     }
     return MeasuredDrift(**intervals, figures=figures, token_maps=token_maps, narrow_enough=narrow_enough)
 

@@ -100,8 +100,8 @@ class Tally:
         """The drift of one of the last batch's responses, counted from the first; nats per sequence."""
         last = len(self.columns["prompt"][-1])
         row = place - (self.responses - last)
-        names = {KL: "kl_policy_ref", K1 if written_by_policy else LOG_RATIO: "kl_policy_ref_k1"}
-        return {name: rounded(float(self.columns[column][-1][row])) for name, column in names.items()}
+        columns = columns_by_name(written_by_policy=written_by_policy)
+        return {name: rounded(float(self.columns[column][-1][row])) for name, column in columns.items()}
 
     def positions(self) -> list[dict[str, Any]]:
         """For each position: responses that reach it, its part of the drift, its mean among them with an interval."""
@@ -131,13 +131,14 @@ class Tally:
         """The tokens that carry most of the drift: see drift_map."""
         return [] if self.types is None else drifted_tokens(self.types, self.responses, self.tokenizer)
 
-    def convergence(self) -> list[dict[str, Any]]:
-        """The exact estimate and k1 after so many responses, evenly spaced in the logarithm of their number.
+    def convergence(self, *, written_by_policy: bool) -> list[dict[str, Any]]:
+        """The exact figure and the log-ratio after so many responses, evenly spaced in the logarithm of their number.
 
         Where every prompt has several responses, the numbers are whole passes over the prompts beyond the first one.
         """
         n, strata = self.responses, self.strata
-        columns = {"exact": self.column("kl_policy_ref"), "k1": self.column("kl_policy_ref_k1")}
+        names = columns_by_name(written_by_policy=written_by_policy)
+        columns = {name: self.column(column) for name, column in names.items()}
         steps = range(CONVERGENCE_POINTS)
         counts = {max(2, round(2 * (n / 2) ** (step / (CONVERGENCE_POINTS - 1)))) for step in steps}
         if strata is not None:
@@ -148,6 +149,11 @@ class Tally:
             for count in sorted(counts)
             if count <= n
         ]
+
+
+def columns_by_name(*, written_by_policy: bool) -> dict[str, str]:
+    """Under which names a response's exact KL and its log policy - log reference go, and their columns."""
+    return {KL: "kl_policy_ref", K1 if written_by_policy else LOG_RATIO: "kl_policy_ref_k1"}
 
 
 def _after(count: int, values: Tensor, strata: Tensor | None) -> dict[str, Any]:
