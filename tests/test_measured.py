@@ -25,9 +25,18 @@ def tally_of(prompts: list[int]) -> Tally:
     return tally
 
 
-def found(prompts: list[int] = UNEVEN, *, written_by_policy: bool = True, narrow_enough: bool = True) -> MeasuredDrift:
+def found(
+    prompts: list[int] = UNEVEN, *, written_by_policy: bool = True, sampled: bool = True, narrow_enough: bool = True
+) -> MeasuredDrift:
     settings = {"policy": "p", "written_by_policy": written_by_policy}
-    return measured_drift(tally_of(prompts), PROMPTS, settings, token_maps=[{"index": 0}], narrow_enough=narrow_enough)
+    return measured_drift(
+        tally_of(prompts),
+        PROMPTS,
+        settings,
+        sampled=sampled,
+        token_maps=[{"index": 0}],
+        narrow_enough=narrow_enough,
+    )
 
 
 INTERVALS = {
@@ -61,6 +70,15 @@ def test_of_responses_that_somebody_else_wrote_no_figure_is_called_k1():
     assert others["k1_responses_for_same_interval"] is None
     assert own["k1_responses_for_same_interval"] > 0
     assert "log_ratio" not in json.dumps(own)
+
+
+def test_sampler_and_scorer_are_held_against_each_other_where_there_was_a_sampler():
+    own, given = found().figures, found(sampled=False).figures
+    tally = tally_of(UNEVEN)
+    k3, apart, length = map(tally.column, ("kl_rollout_policy_k3", "logprob_mismatch", "length"))
+    assert own["kl_rollout_policy_per_token_k3"] == pytest.approx(float(k3.sum() / length.sum()), rel=1e-5)
+    assert own["logprob_mismatch_max"] == pytest.approx(float(apart.max()), rel=1e-5)
+    assert given["kl_rollout_policy_per_token_k3"] is given["logprob_mismatch_max"] is None
 
 
 def test_the_settings_stand_first_and_the_counts_are_those_of_what_was_answered():

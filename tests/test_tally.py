@@ -57,6 +57,8 @@ def test_each_response_has_its_sums():
         "policy_entropy": [sum(one["policy_entropy"]) for one in responses],
         "ref_entropy": [sum(one["ref_entropy"]) for one in responses],
         "length": [len(one["tokens"]) for one in responses],
+        "kl_rollout_policy_k3": [sum(math.exp(x) - 1 - x for x in one["policy_logprobs"]) for one in responses],
+        "logprob_mismatch": [max(-x for x in one["policy_logprobs"]) for one in responses],
         "finished": [1, 0, 1, 1, 0, 0, 1, 1],
     }
     for name, expected in sums.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kleash.batch import Rollout
-from kleash.drift import TokenFigures
+from kleash.drift import TokenFigures, mismatch_columns, mismatch_figures
 from kleash.drift_map import LISTED, TypeSums, drifted_tokens, joined_type_sums, rounded, top_tokens, type_sums
 from kleash.estimators import Interval, kl_policy_ref_per_token_k1, mean_with_interval, per_sequence, student_quantile
 from kleash.reading import Reading
@@ -24,7 +24,8 @@ KL, K1, LOG_RATIO = "kl_policy_ref_per_sequence", "kl_policy_ref_per_sequence_k1
 class Tally:
     """What has been measured so far.
 
-    columns:     one number per response, in the order of sampling: prompt, exact KL, k1, entropies, length, finished.
+    columns:     one number per response, in the order of sampling: prompt, exact KL, k1, entropies, length, finished,
+                 and how far sampler and scorer are apart.
     by_position: [3, positions] responses that reach it, sum of the KL there, sum of its square.
     by_class:    [2, classes] tokens, sum of their KL.
     """
@@ -73,6 +74,7 @@ class Tally:
             "ref_entropy": per_sequence(reading.ref_entropy.double(), mask),
             "length": mask.sum(-1),
             "finished": rollout.finished,
+            **mismatch_columns(rollout, reading.policy_logprobs),
         }
         self.columns.setdefault("prompt", []).append(prompts)
         for name, values in numbers.items():
@@ -95,6 +97,11 @@ class Tally:
     def interval(self, name: str, *, per_token: bool = False, strata: Tensor | None = None) -> Interval:
         """Mean of a number over responses (over tokens where asked) with its 95 % interval."""
         return mean_with_interval(self.column(name), self.column("length") if per_token else None, strata=strata)
+
+    def mismatch(self) -> dict[str, float | None]:
+        """How far apart sampler and scorer are, by the names that a run's records have for it, nats."""
+        columns = (self.column(name) for name in ("kl_rollout_policy_k3", "logprob_mismatch", "length"))
+        return {name: rounded(value) for name, value in mismatch_figures(*columns).items()}
 
     def of_response(self, place: int, *, written_by_policy: bool) -> dict[str, float | None]:
         """The drift of one of the last batch's responses, counted from the first; nats per sequence."""
