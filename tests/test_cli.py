@@ -718,6 +718,20 @@ def test_measure_of_bad_usage_is_one_sentence_and_ends_with_2(
     assert tree(tmp_path) == before
 
 
+def test_measure_of_swapped_arguments_names_the_one_that_is_wrong(kleash: Command, world: World) -> None:
+    model, prompts = world["policy"], world["prompts"]
+    swapped = {
+        (prompts, model, model): f"data set, found the model {model}; give the prompts that the policy shall answer",
+        (prompts, model, prompts): f"the policy's tokenizer at {prompts}, found a file; give a model's directory or",
+        (model, prompts, prompts): f"at {prompts} for the reference, found a file; give a model's directory or name",
+    }
+    for (policy, reference, asked), said in swapped.items():
+        ended = kleash("measure", policy, reference, "--prompts", asked)
+        assert ended.code == 2
+        assert said in ended.err
+        assert ended.err.count("\n") == 1
+
+
 def test_measure_names_the_model_that_is_not_there(kleash: Command, world: World, tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     for models in ((nowhere, world["policy"]), (world["policy"], nowhere)):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_resume import assert_same_run
@@ -16,9 +17,9 @@ from tiny import save_tiny_world, tiny_run, write_run
 import kleash.guard
 from kleash.checkpoint import checkpoints_in, read_checkpoint_state
 from kleash.config import RunConfig, config_from
-from kleash.errors import NonFiniteError, RunStopped
+from kleash.errors import NonFiniteError, RewardError, RunStopped
 from kleash.parts import Given
-from kleash.training import train_run
+from kleash.training import judged, train_run
 
 KL = "kl_policy_ref_per_sequence"
 CEILING = 0.3
@@ -104,6 +105,23 @@ def test_the_command_then_ends_with_exit_code_1(world: dict[str, str], tmp_path:
 def test_a_leash_at_its_bound_cannot_be_tightened_so_the_run_stops(world: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(RunStopped, match=r"beta 0\.01 of the checkpoint after update 2 is at its bound"):
         go(config_in(world, tmp_path / "run", leash={**LOOSE, "beta_max": 0.01}))
+
+
+def test_a_failure_after_a_roll_back_to_the_start_takes_nothing_back(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def fails_once_it_has_rolled_back(*arguments: Any) -> Any:
+        if (out / "roll_backs.jsonl").exists():
+            raise RewardError("no such grade")
+        return judged(*arguments)
+
+    monkeypatch.setattr("kleash.training.judged", fails_once_it_has_rolled_back)
+    with pytest.raises(RewardError, match="no such grade"):
+        go(config_in(world, out, leash=LOOSE, checkpoint={"every": 8}))
+    assert [back["to"] for back in rows(out, "roll_backs.jsonl")] == [0]
+    assert checkpoints_in(out / "checkpoints")[-1].name == "000000"
 
 
 # --- an update that breaks down ---

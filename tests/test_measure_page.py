@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_the_bars_add_up_to_the_drift_and_have_the_mean_of_the_tokens_in_them(wi
 
 def test_the_narrowing_has_both_figures_and_gaps_for_what_is_missing() -> None:
     measured = a_measurement(some_maps())
-    measured["convergence"][0]["k1"]["low"] = None
+    measured["convergence"][0][f"{KL}_k1"]["low"] = None
     drawn = measure_page.narrowing(measured)
     assert drawn["n"] == [8, 16, 32]
     assert drawn["exact_low"] == [4.0 - 4 / n for n in (8, 16, 32)]
@@ -145,7 +146,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for row in given:
         del row[f"{KL}_k1"]
     one = maps[:1]
-    alone = a_measurement(one, convergence=[{"n": 1, "exact": around(1.5, None, 1), "k1": around(2.0, None, 1)}])
+    alone = a_measurement(one, convergence=[{"n": 1, KL: around(1.5, None, 1), f"{KL}_k1": around(2.0, None, 1)}])
     still = [a_token_map(["Soak", "<eos>"], [0.0, 0.0], index=index, prompt=str(index)) for index in range(3)]
     return {
         "measured": write_measure_page(a_measurement(maps), maps, base / "measured.html"),
@@ -192,6 +193,40 @@ def test_the_estimate_narrows_and_every_position_has_its_bar(pages: dict[str, Pa
     assert "no estimate of the KL" in tab.locator("#narrowing figcaption").inner_text()
     assert "log ratio \u22120.50" in tab.locator("#response-13 .drifted").inner_text()
     assert "k1" not in tab.locator("main").inner_text()
+    tab.close()
+
+
+def a_convergence(last: int) -> list[dict[str, Any]]:
+    counts = sorted({max(2, round(2 * (last / 2) ** (step / 39))) for step in range(40)})
+    return [{"n": n, KL: around(4.0, 4 / n, n), f"{KL}_k1": around(4.1, 9 / n, n)} for n in counts]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("last", [2, 7, 64, 648, 65536])
+def test_the_numbers_of_responses_have_room_and_lie_level(tmp_path: Path, browser: Any, width: int, last: int) -> None:
+    measured = a_measurement(some_maps(), convergence=a_convergence(last))
+    tab = browser.new_page(viewport={"width": width, "height": 900})
+    tab.goto(write_measure_page(measured, [], tmp_path / "page.html").as_uri())
+    eventually(tab, "document.querySelectorAll('#narrowing .xtick text').length > 0")
+    named = tab.locator("#narrowing .xtick text").all()
+    assert {"2", f"{last:,}"} <= {text.text_content() for text in named}
+    assert len(named) >= min(last, 5) - 2
+    boxes = sorted((text.bounding_box() for text in named), key=lambda box: box["x"])
+    assert all(box["height"] < 20 for box in boxes)
+    assert all(left["x"] + left["width"] + 4 <= right["x"] for left, right in pairwise(boxes))
+    tab.close()
+
+
+def test_a_point_says_after_how_many_responses_it_is(tmp_path: Path, browser: Any) -> None:
+    measured = a_measurement(some_maps(), convergence=a_convergence(65536))
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.goto(write_measure_page(measured, [], tmp_path / "page.html").as_uri())
+    point = tab.locator("#narrowing .points path").nth(-3)
+    point.scroll_into_view_if_needed()
+    box = point.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + 40)
+    eventually(tab, "document.querySelector('#narrowing .hoverlayer text')")
+    assert tab.locator("#narrowing .hoverlayer text").first.text_content() == "38,452 responses"
     tab.close()
 
 

@@ -25,9 +25,18 @@ def tally_of(prompts: list[int]) -> Tally:
     return tally
 
 
-def found(prompts: list[int] = UNEVEN, *, written_by_policy: bool = True, narrow_enough: bool = True) -> MeasuredDrift:
+def found(
+    prompts: list[int] = UNEVEN, *, written_by_policy: bool = True, sampled: bool = True, narrow_enough: bool = True
+) -> MeasuredDrift:
     settings = {"policy": "p", "written_by_policy": written_by_policy}
-    return measured_drift(tally_of(prompts), PROMPTS, settings, token_maps=[{"index": 0}], narrow_enough=narrow_enough)
+    return measured_drift(
+        tally_of(prompts),
+        PROMPTS,
+        settings,
+        sampled=sampled,
+        token_maps=[{"index": 0}],
+        narrow_enough=narrow_enough,
+    )
 
 
 INTERVALS = {
@@ -55,11 +64,21 @@ def test_every_interval_is_of_its_own_sums_and_of_the_prompts_where_each_has_as_
 
 def test_of_responses_that_somebody_else_wrote_no_figure_is_called_k1():
     own, others = found().figures, found(written_by_policy=False).figures
+    assert own["convergence"]
     assert others["log_ratio_per_sequence"] == own["kl_policy_ref_per_sequence_k1"]
     assert "_k1" not in json.dumps({key: value for key, value in others.items() if key[:3] != "k1_"})
     assert others["k1_responses_for_same_interval"] is None
     assert own["k1_responses_for_same_interval"] > 0
     assert "log_ratio" not in json.dumps(own)
+
+
+def test_sampler_and_scorer_are_held_against_each_other_where_there_was_a_sampler():
+    own, given = found().figures, found(sampled=False).figures
+    tally = tally_of(UNEVEN)
+    k3, apart, length = map(tally.column, ("kl_rollout_policy_k3", "logprob_mismatch", "length"))
+    assert own["kl_rollout_policy_per_token_k3"] == pytest.approx(float(k3.sum() / length.sum()), rel=1e-5)
+    assert own["logprob_mismatch_max"] == pytest.approx(float(apart.max()), rel=1e-5)
+    assert given["kl_rollout_policy_per_token_k3"] is given["logprob_mismatch_max"] is None
 
 
 def test_the_settings_stand_first_and_the_counts_are_those_of_what_was_answered():

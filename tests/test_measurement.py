@@ -2,8 +2,10 @@
 
 import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from pydantic import ValidationError
 from stream import covered, require_what_measure_says, stream_of, width
 from tiny import LIVELY, PROMPTS, WORDS, tiny_policy, tiny_tokenizer
 
-from kleash.errors import ConfigError, ModelError, NonFiniteError, PromptError
+from kleash.batch import Rollout
+from kleash.errors import ConfigError, KleashWarning, ModelError, NonFiniteError, PromptError
 from kleash.measured import MeasuredDrift
 from kleash.measurement import MeasureConfig, measure, require_one_process
+from kleash.rollout import RolloutConfig, rollout_of
 
 INTERVALS = [
     "kl_policy_ref_per_sequence",
@@ -439,6 +443,36 @@ def test_a_given_response_that_does_not_fit_is_named(tmp_path):
     path = write(tmp_path / "long.jsonl", [GIVEN[0], {**GIVEN[1], "response": "cat " * 63}])
     with pytest.raises(PromptError, match="together of at most 64 tokens, found 65 in row 2"):
         tiny_measure(responses=path)
+
+
+def sampled_at(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the sampler draw at another temperature than the one at which its tokens are scored."""
+
+    def rollout_at(*arguments: Any, config: RolloutConfig, **more: Any) -> Rollout:
+        return rollout_of(*arguments, config=config.model_copy(update={"temperature": temperature}), **more)
+
+    monkeypatch.setattr("kleash.measuring.rollout_of", rollout_at)
+
+
+@pytest.mark.filterwarnings("error")
+def test_sampler_and_scorer_agree_in_float32_and_given_responses_have_no_sampler(tmp_path):
+    figures = tiny_measure().figures
+    assert 0 <= figures["kl_rollout_policy_per_token_k3"] < 1e-9
+    assert figures["logprob_mismatch_max"] < 1e-4
+    figures = tiny_measure(responses=write(tmp_path / "given.jsonl", GIVEN)).figures
+    assert figures["kl_rollout_policy_per_token_k3"] is figures["logprob_mismatch_max"] is None
+
+
+def test_a_sampler_that_is_not_the_scorer_is_warned_of_where_the_alarm_of_a_run_would_ring(monkeypatch):
+    sampled_at(0.5, monkeypatch)
+    with pytest.warns(KleashWarning, match=r"at most 0\.02 nats per token apart, found 0\.\d+: .*; measure in float32"):
+        figures = tiny_measure().figures
+    assert figures["kl_rollout_policy_per_token_k3"] > 0.02
+    sampled_at(0.98, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures = tiny_measure().figures
+    assert 1e-6 < figures["kl_rollout_policy_per_token_k3"] < 0.02
 
 
 def test_a_reference_that_forbids_what_the_policy_says_stops_with_the_reason():

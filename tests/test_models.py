@@ -83,18 +83,41 @@ def test_pad_equal_to_eos_is_welcome():
 def test_a_model_saved_without_its_tokenizer_is_one_sentence(tmp_path, architecture):
     """For some architectures transformers makes up an empty tokenizer: that is none."""
     tiny_policy(architecture=architecture).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="Expected a tokenizer at") as caught:
+    with pytest.raises(ModelError, match="Expected the policy's tokenizer at") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_nothing_at_all_is_one_sentence(tmp_path):
     for load in (load_tokenizer, lambda source: load_causal_model(source, "policy")):
-        with pytest.raises(ModelError, match=r"Expected a .* at .*missing.*, found ") as caught:
+        with pytest.raises(ModelError, match=r"Expected .* at .*missing.*, found ") as caught:
             load(tmp_path / "missing")
         assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match=r"causal language model at .* for the reference"):
         load_causal_model(tmp_path, "reference")
+
+
+def refused(load, place):
+    with pytest.raises(ModelError) as caught:
+        load(place)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, lambda place: load_causal_model(place, "policy")])
+def test_what_is_no_model_says_what_to_give_and_names_the_policy_in_a_run_only_where_it_lies(tmp_path, load):
+    (tmp_path / "prompts.jsonl").write_text("{}")
+    assert refused(load, tmp_path / "prompts.jsonl").endswith("found a file; give a model's directory or name.")
+    run = tmp_path / "run"
+    for name in ("000002", "000010", ".000012.partial"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+    for place in (run, run / "checkpoints" / "000010"):
+        assert refused(load, place).endswith("without config.json; give one that save_pretrained wrote.")
+    for name in ("000002", "000010", ".000012.partial"):
+        (run / "checkpoints" / name / "policy").mkdir()
+    newest, oldest = (run / "checkpoints" / name / "policy" for name in ("000010", "000002"))
+    assert refused(load, run).endswith(f"without config.json; give {newest}.")
+    assert refused(load, oldest.parent).endswith(f"without config.json; give {oldest}.")
+    assert refused(load, oldest).endswith("without config.json; give one that save_pretrained wrote.")
 
 
 # --- reference and policy ---

@@ -183,7 +183,9 @@ def test_a_wider_reference_without_a_tokenizer_cannot_show_that_the_rest_is_padd
 
 def test_a_policy_without_a_tokenizer_is_refused_by_its_place(tmp_path):
     bare = saved(tmp_path, "bare", words=None)
-    with pytest.raises(ModelError, match=r"Expected a tokenizer at .*bare, found none; save the policy's tokenizer"):
+    with pytest.raises(
+        ModelError, match=r"Expected the policy's tokenizer at .*bare, found none; save it beside the policy"
+    ):
         load_pair(bare, bare)
 
 

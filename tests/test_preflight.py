@@ -7,6 +7,7 @@ that makes it so is taken out, so that the check has something to find.
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,14 @@ def whitened(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     """Divides by the spread of its batch, so a score depends on the other responses."""
     scores = torch.tensor(words(prompts, completions))
     return ((scores - scores.mean()) / (scores.std(correction=0) + 1e-3)).tolist()
+
+
+def whitened_with_some_noise(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    return [score + random.random() / 100 for score in whitened(prompts, completions)]
+
+
+def words_with_little_noise(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    return [score + random.random() / 10_000 for score in words(prompts, completions)]
 
 
 def enormous(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -653,11 +662,23 @@ def test_a_constant_reward_is_said(world: World, tmp_path: Path) -> None:
 
 
 def test_a_reward_that_does_not_repeat_itself_is_said(world: World, tmp_path: Path) -> None:
-    warning(
-        run_yaml(world, tmp_path, reward="test_preflight:noisy"),
-        "reward repeats",
-        "the same responses scored twice are up to",
-    )
+    code, found = check(run_yaml(world, tmp_path, reward="test_preflight:noisy"))
+    assert code == 0
+    assert statuses(found, "WARN") == ["reward repeats", "reward alone"]
+    assert "the same responses scored twice are up to" in found["reward repeats"]["found"]
+    said = r"which may be its noise of \d\S*: whether the reward reads the padding, or the other responses, cannot be"
+    assert re.search(said, found["reward alone"]["found"])
+
+
+@pytest.mark.parametrize(
+    ("reward", "status"), [("whitened_with_some_noise", "FAIL"), ("words_with_little_noise", "PASS")]
+)
+def test_noise_that_is_not_all_of_the_difference_leaves_no_doubt(
+    world: World, tmp_path: Path, reward: str, status: str
+) -> None:
+    found = check(run_yaml(world, tmp_path, reward=f"test_preflight:{reward}"))[1]
+    assert found["reward repeats"]["status"] == "WARN"
+    assert found["reward alone"]["status"] == status
 
 
 @pytest.mark.parametrize("reward", ["at_the_last_place", "whitened"])
@@ -725,6 +746,14 @@ def test_what_must_stay_and_takes_gradients_is_named(
 
     tampered(monkeypatch, loosen)
     failing(run_yaml(world, tmp_path), "gradients arrive", f"of the {role}, which must stay, takes gradients")
+
+
+def test_gradients_of_a_reward_that_failed_come_from_scores_that_stand_in(world: World, tmp_path: Path) -> None:
+    """The value model's trunk has none below its head of zeros; the policy has, as it would with scores."""
+    found = [check(run_yaml(world, tmp_path, reward=f"test_preflight:{name}"))[1] for name in ("words", "nan_for_one")]
+    scored, failed = (one["gradients arrive"] for one in found)
+    assert (scored["status"], failed["status"]) == ("PASS", "PASS")
+    assert failed["found"] == scored["found"] + "; from scores 1 and 0, as the reward gave none"
 
 
 def test_scores_too_large_to_learn_from_are_named(world: World, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kleash.batch import Prompts
 from kleash.errors import PromptError
+from kleash.given_responses import load_responses
 from kleash.prompts import (
     load_prompts,
     prompts_fingerprint,
@@ -144,11 +145,37 @@ def test_rows_with_different_columns_are_refused():
         require_prompts([{"prompt": "a", "answer": 1}, {"prompt": "b"}], "the list")
 
 
-@pytest.mark.parametrize("name", ["missing", "missing.txt", "missing/folder"])
-def test_what_is_neither_file_nor_data_set_is_one_sentence(tmp_path, name):
+def test_what_is_neither_file_nor_data_set_is_one_sentence(tmp_path):
     with pytest.raises(PromptError, match="neither a jsonl, json, parquet or csv file nor a data set") as caught:
-        load_prompts(tmp_path / name)
+        load_prompts(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing", "missing.txt", "missing/folder"])
+def test_a_path_to_nothing_is_named(tmp_path, name):
+    with pytest.raises(PromptError, match=f"Expected prompts in .*{name}, found no such file; check the path"):
+        load_prompts(tmp_path / name)
+
+
+def test_a_file_of_another_kind_is_told_how_to_write_its_lines(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("what is a cat\n")
+    said = (
+        f"Expected prompts in a jsonl, json, parquet or csv file, found the file {path}; write each of them as a line "
+    )
+    with pytest.raises(PromptError) as caught:
+        load_prompts(path)
+    assert str(caught.value) == said + '{"prompt": ".."} of a .jsonl file.'
+    with pytest.raises(PromptError) as caught:
+        load_responses(path)
+    assert str(caught.value) == said + '{"prompt": "..", "response": ".."} of a .jsonl file.'
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_model_in_place_of_prompts_is_called_one(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(PromptError, match=r"found the model .*; give the prompts that the policy shall answer"):
+        load_prompts(tmp_path)
 
 
 # --- tokens ---

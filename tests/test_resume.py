@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny import save_tiny_world, tiny_run, write_run
+from tiny import save_tiny_world, tiny_run, tree, write_run
 
 from kleash.checkpoint import checkpoints_in, read_checkpoint_state
 from kleash.config import RunConfig, config_as_yaml, config_from
@@ -226,6 +226,34 @@ def test_a_reward_that_fails_at_one_update_keeps_the_updates_before_it(config: R
     with pytest.raises(RewardError, match=r"found ZeroDivisionError: division by zero; the first prompt .* was '"):
         go_on(config, at={3: lambda: 1 / 0}, resume=False)
     assert (lines(Path(config.out)), newest(Path(config.out))) == (2, "000002")
+    go_on(config)
+    assert_same_run(Path(config.out), straight)
+
+
+def test_a_reward_that_fails_at_the_first_update_leaves_the_place_free(config: RunConfig, straight: Path) -> None:
+    out = Path(config.out)
+    for own in ([], ["notes.txt"]):
+        for name in own:
+            out.mkdir()
+            (out / name).write_text("mine")
+        with pytest.raises(RewardError, match="division by zero"):
+            go_on(config, at={1: lambda: 1 / 0}, resume=False)
+        assert out.exists() == bool(own)
+        assert [path.name for path in out.glob("*")] == own
+    go_on(config, resume=False)
+    assert_same_run(out, straight)
+
+
+def test_an_interrupt_in_the_first_update_and_a_failure_after_a_resume_take_nothing_back(
+    config: RunConfig, straight: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go_on(config, at={1: raises(KeyboardInterrupt())}, resume=False)
+    before = tree(Path(config.out))
+    assert newest(Path(config.out)) == "000000"
+    with pytest.raises(RewardError, match="division by zero"):
+        go_on(config, at={1: lambda: 1 / 0})
+    assert tree(Path(config.out)) == before
     go_on(config)
     assert_same_run(Path(config.out), straight)
 

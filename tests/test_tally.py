@@ -9,7 +9,7 @@ from tiny import tiny_tokenizer
 
 from kleash.drift_map import LISTED, drift_map
 from kleash.estimators import Interval, mean_with_interval
-from kleash.tally import CONVERGENCE_POINTS, Tally, as_json, even_strata
+from kleash.tally import CONVERGENCE_POINTS, K1, KL, LOG_RATIO, Tally, as_json, even_strata
 from kleash.token_class import TOKEN_CLASSES
 
 BATCHES = [(0, [4, 6, 1], [0, 1, 2]), (1, [3, 5], [2, 0]), (2, [8, 2, 6], [1, 1, 0])]
@@ -57,6 +57,8 @@ def test_each_response_has_its_sums():
         "policy_entropy": [sum(one["policy_entropy"]) for one in responses],
         "ref_entropy": [sum(one["ref_entropy"]) for one in responses],
         "length": [len(one["tokens"]) for one in responses],
+        "kl_rollout_policy_k3": [sum(math.exp(x) - 1 - x for x in one["policy_logprobs"]) for one in responses],
+        "logprob_mismatch": [max(-x for x in one["policy_logprobs"]) for one in responses],
         "finished": [1, 0, 1, 1, 0, 0, 1, 1],
     }
     for name, expected in sums.items():
@@ -179,22 +181,24 @@ def test_a_response_of_the_last_batch_is_found_by_its_place_among_all():
     assert "log_ratio_per_sequence" in tally.of_response(5, written_by_policy=False)
 
 
-def test_the_estimates_converge_to_those_of_all_responses():
+@pytest.mark.parametrize(("written_by_policy", "other"), [(True, K1), (False, LOG_RATIO)])
+def test_the_figures_converge_to_those_of_all_responses_and_have_their_names(written_by_policy, other):
     tally = tally_of()
-    found = tally.convergence()
+    found = tally.convergence(written_by_policy=written_by_policy)
     assert [entry["n"] for entry in found] == list(range(2, 9))
     for entry in found:
-        for name, column in (("exact", "kl_policy_ref"), ("k1", "kl_policy_ref_k1")):
+        assert list(entry) == ["n", KL, other]
+        for name, column in ((KL, "kl_policy_ref"), (other, "kl_policy_ref_k1")):
             assert entry[name] == as_json(mean_with_interval(tally.column(column)[: entry["n"]]), n=False)
 
 
 def test_with_several_responses_to_each_prompt_the_estimates_after_whole_passes_are_those_of_the_header():
     lengths = [3, 4, 5, 2, 6, 4, 3, 3]
     tally = tally_of([(seed, lengths, [0, 1, 2, 3, 3, 2, 1, 0]) for seed in range(3)])
-    found = tally.convergence()
+    found = tally.convergence(written_by_policy=True)
     assert {entry["n"] for entry in found} == {2, 3, 4, 8, 12, 16, 20, 24}
     last = tally.interval("kl_policy_ref", strata=tally.strata)
-    assert found[-1]["exact"] == as_json(last, n=False)
+    assert found[-1][KL] == as_json(last, n=False)
     assert last != tally.interval("kl_policy_ref")
 
 
@@ -202,14 +206,14 @@ def test_few_points_say_how_thousands_of_responses_converge():
     tally = tally_of()
     tally.columns = {name: [torch.cat(values).repeat(1000)] for name, values in tally.columns.items()}
     tally.columns["prompt"] = [torch.arange(8000)]
-    counts = [entry["n"] for entry in tally.convergence()]
+    counts = [entry["n"] for entry in tally.convergence(written_by_policy=True)]
     assert (counts[0], counts[-1]) == (2, 8000)
     assert len(counts) <= CONVERGENCE_POINTS
     assert counts == sorted(set(counts))
 
 
 def test_one_response_converges_to_nothing():
-    assert tally_of([(0, [3], [0])]).convergence() == []
+    assert tally_of([(0, [3], [0])]).convergence(written_by_policy=True) == []
 
 
 @pytest.mark.parametrize("prompts", [[0], [0, 1, 2], [0, 0, 1], [0, 0, 0, 1, 1], []])

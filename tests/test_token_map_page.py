@@ -304,6 +304,21 @@ def test_classes_that_are_not_chosen_lose_their_shade_and_their_share_of_the_dri
     assert "strong" in token(tab, 29, DEEP).get_attribute("class")
 
 
+def test_the_log_ratio_of_a_response_is_that_of_the_chosen_classes_too(opened: Callable[..., Any]) -> None:
+    tab = opened("plain")
+    beside = tab.locator("#response-20 .drifted")
+    assert ("2.09 nats" in beside.inner_text(), "k1 2.59" in beside.inner_text()) == (True, True)
+    tab.get_by_role("button", name="Other").click()
+    tab.get_by_label("Search in prompts and responses").fill("question 20")
+    assert ("0.090 nats" in beside.inner_text(), "k1 0.090" in beside.inner_text()) == (True, True)
+    for name in ("EOS", "First tokens"):
+        tab.get_by_role("button", name=name).click()
+    assert beside.inner_text().split("k1")[1].strip() == "0"
+    for name in ("EOS", "First tokens", "Other"):
+        tab.get_by_role("button", name=name).click()
+    assert "k1 2.59" in beside.inner_text()
+
+
 def test_the_search_finds_words_of_prompts_and_responses(opened: Callable[..., Any]) -> None:
     tab = opened("plain")
     search = tab.get_by_label("Search in prompts and responses")

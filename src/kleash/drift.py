@@ -66,8 +66,6 @@ def sequence_figures(rollout: Rollout, scored: Scored, scores: Tensor, eval_scor
     mask = rollout.response_mask
     k1 = kl_policy_ref_per_token_k1(scored.policy_logprobs, scored.ref_logprobs, mask)
     k3 = kl_policy_ref_per_token_k3(scored.policy_logprobs, scored.ref_logprobs, mask)
-    mismatch = kl_policy_ref_per_token_k3(rollout.rollout_logprobs, scored.policy_logprobs, mask)
-    apart = masked(rollout.rollout_logprobs - scored.policy_logprobs, mask).abs()
     columns = {
         "scores": scores,
         "kl_policy_ref": per_sequence(scored.kl_policy_ref_per_token, mask),
@@ -77,12 +75,23 @@ def sequence_figures(rollout: Rollout, scored: Scored, scores: Tensor, eval_scor
         "entropy": per_sequence(scored.policy_entropy, mask),
         "length": mask.sum(-1),
         "finished": rollout.finished,
-        "kl_rollout_policy_k3": per_sequence(mismatch, mask),
-        "logprob_mismatch": apart.amax(-1),
+        **mismatch_columns(rollout, scored.policy_logprobs),
     }
     if eval_scores is not None:
         columns["eval_scores"] = eval_scores
     return {name: column.to(mask.device, torch.float64) for name, column in columns.items()}
+
+
+def mismatch_columns(rollout: Rollout, policy_logprobs: Tensor) -> dict[str, Tensor]:
+    """Each [batch]: how far apart the log-probs of sampler and scorer are, as a KL and at the worst token, nats."""
+    mask = rollout.response_mask
+    apart = masked(rollout.rollout_logprobs - policy_logprobs, mask).abs()
+    return {
+        "kl_rollout_policy_k3": per_sequence(
+            kl_policy_ref_per_token_k3(rollout.rollout_logprobs, policy_logprobs, mask), mask
+        ),
+        "logprob_mismatch": apart.amax(-1),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +202,7 @@ def record_of(
         "rewards_per_sequence_mean": float((penalised - beta * figures.kl_policy_ref).mean()),
         **_response_figures(figures),
         **_repetition_figures(tokens),
-        **_mismatch_figures(figures),
+        **mismatch_figures(figures.kl_rollout_policy_k3, figures.logprob_mismatch, figures.length),
         **vars(stats),
         "learning_rate": learning_rate,
         "explained_variance": explained,
@@ -262,10 +271,11 @@ def _repetition_figures(tokens: TokenFigures) -> Record:
     }
 
 
-def _mismatch_figures(figures: SequenceFigures) -> Record:
+def mismatch_figures(kl_rollout_policy_k3: Tensor, logprob_mismatch: Tensor, length: Tensor) -> dict[str, float]:
+    """The columns of mismatch_columns over all sequences, which are so long."""
     return {
-        "kl_rollout_policy_per_token_k3": float(figures.kl_rollout_policy_k3.sum() / figures.length.sum()),
-        "logprob_mismatch_max": float(figures.logprob_mismatch.max()),
+        "kl_rollout_policy_per_token_k3": float(kl_rollout_policy_k3.sum() / length.sum()),
+        "logprob_mismatch_max": float(logprob_mismatch.max()),
     }
 
 

@@ -25,7 +25,7 @@ def load_responses(source: str | Path) -> tuple[list[dict[str, Any]], list[dict[
     Raises:
       PromptError: no prompts, no responses, a response that is neither, or a `finished` that is not true or false.
     """
-    rows = load_prompts(source)
+    rows = load_prompts(source, row='{"prompt": "..", "response": ".."}')
     column = next((name for name in COLUMNS if name in rows[0]), None)
     if column is None:
         raise PromptError(

@@ -207,19 +207,13 @@ def settings(measured: Record) -> list[tuple[str, str]]:
 
 def narrowing(measured: Record) -> dict[str, list[float | None]]:
     """Columns over the number of responses: the exact drift and the other figure, each with its interval."""
-    rows = objects(measured, "convergence")
+    rows, other = objects(measured, "convergence"), OTHER[bool(measured["written_by_policy"])][0]
     columns: dict[str, list[float | None]] = {"n": [figure_of(row, "n") for row in rows]}
-    parts = {"exact": [row.get("exact") or {} for row in rows], "other": [other_part(row) for row in rows]}
+    parts = {name: [row.get(key) or {} for row in rows] for name, key in (("exact", KL), ("other", other))}
     for name, part in parts.items():
         for bound in ("mean", "low", "high"):
             columns[f"{name}_{bound}"] = [figure_of(entry, bound) for entry in part]
     return columns
-
-
-def other_part(row: Record) -> Record:
-    """What stands beside the exact figure in a row of the convergence."""
-    found: Record = row.get("k1") or row.get("log_ratio") or row.get("log_ratio_per_sequence") or {}
-    return found
 
 
 def position_bars(measured: Record, width: int) -> dict[str, list[Any]]:

@@ -43,6 +43,7 @@ def measured_drift(
     prompts: Prompts,
     settings: dict[str, Any],
     *,
+    sampled: bool,
     token_maps: list[dict[str, Any]],
     narrow_enough: bool,
 ) -> MeasuredDrift:
@@ -52,6 +53,7 @@ def measured_drift(
       tally: over all responses.
       prompts: all that may have been answered.
       settings: what goes into the figures as it is; `written_by_policy` among it.
+      sampled: whether the responses were drawn here, so that there is a sampler to hold the scorer against.
       token_maps, narrow_enough: see MeasuredDrift.
     """
     strata = tally.strata
@@ -74,12 +76,13 @@ def measured_drift(
         "k1_responses_for_same_interval": k1_responses_for_same_interval(exact, k1) if written else None,
         "interval_covers": "the responses and the choice of prompts" if strata is None else "the responses",
         "finished_share": rounded(float(tally.column("finished").mean())),
+        **{name: value if sampled else None for name, value in tally.mismatch().items()},
         "by_position": tally.positions(),
         "by_class": tally.classes(),
         "by_prompt": by_prompt(tally, prompts, log_ratio=named.get(LOG_RATIO, LOG_RATIO)),
         "top_tokens": tally.places,
         "drifted_tokens": tally.drifted_tokens(),
-        "convergence": tally.convergence(),
+        "convergence": tally.convergence(written_by_policy=written),
     }
     return MeasuredDrift(**intervals, figures=figures, token_maps=token_maps, narrow_enough=narrow_enough)
 

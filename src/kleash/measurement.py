@@ -4,6 +4,7 @@ prompts -> rollout -> log-probs (policy, reference) -> KL -> drift -> report
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
+from kleash.alarms import SamplerMismatch
 from kleash.batch import Prompts
-from kleash.errors import ConfigError
+from kleash.errors import ConfigError, KleashWarning
 from kleash.given_responses import load_responses, tokenized_responses
 from kleash.measured import MeasuredDrift, measured_drift
 from kleash.measuring import Measuring, given_batches, sampled_batches
@@ -133,7 +135,27 @@ def measure(
         "until_reached": None if config.until is None else narrow_enough,
         "device": str(pair.device),
     }
-    return measured_drift(state.tally, state.prompts, settings, token_maps=state.maps, narrow_enough=narrow_enough)
+    measured = measured_drift(
+        state.tally,
+        state.prompts,
+        settings,
+        sampled=state.sampled,
+        token_maps=state.maps,
+        narrow_enough=narrow_enough,
+    )
+    _warn_of_another_sampler(measured.figures["kl_rollout_policy_per_token_k3"])
+    return measured
+
+
+def _warn_of_another_sampler(mismatch: float | None) -> None:
+    """Warn where sampler and scorer are farther apart than the alarm of a run lets them be, nats per token."""
+    tolerated = SamplerMismatch().threshold
+    if mismatch is not None and mismatch > tolerated:
+        words = (
+            f"Expected sampler and scorer at most {tolerated:g} nats per token apart, found {mismatch:.2g}: the "
+            "responses are not quite the policy's, nor is their drift; measure in float32."
+        )
+        warnings.warn(words, KleashWarning, stacklevel=3)
 
 
 def _plan(config: MeasureConfig, precision: Precision | None, *, prompts: int, given: bool) -> Plan:

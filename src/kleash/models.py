@@ -32,7 +32,7 @@ ADAPTER_PREFIX = "base_model.model."  # peft writes it before every name in a fi
 
 
 def load_tokenizer(source: str | Path, *, pad_token: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer saved beside a model, or beside the base of an adapter, with a pad token.
+    """The tokenizer saved beside a policy, or beside the base of its adapter, with a pad token.
 
     Args:
       source: path or hub name.
@@ -47,9 +47,9 @@ def load_tokenizer(source: str | Path, *, pad_token: str | None = None) -> PreTr
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"Expected a tokenizer at {source}, found {why_not(source, error)}") from error
+        raise ModelError(f"Expected the policy's tokenizer at {source}, found {why_not(source, error)}") from error
     if not has_words(tokenizer):
-        raise ModelError(f"Expected a tokenizer at {source}, found none; save the policy's tokenizer beside it.")
+        raise ModelError(f"Expected the policy's tokenizer at {source}, found none; save it beside the policy.")
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ModelError(
@@ -64,12 +64,22 @@ def why_not(source: str | Path, error: Exception) -> str:
     """Why nothing could be loaded from a source, in words that end a sentence."""
     path = Path(source)
     names_a_path = str(source).startswith(("/", ".", "~")) or len(path.parts) > 2
+    if path.is_file():
+        return "a file; give a model's directory or name."
     if names_a_path and not path.is_dir():
         return "no such directory; check the path."
     if path.is_dir() and not (path / "config.json").is_file():
-        return "a directory without config.json; give one that save_pretrained wrote."
+        below = policy_below(path)
+        there = "give one that save_pretrained wrote" if below is None else f"give {below}"
+        return f"a directory without config.json; {there}."
     cause = first_line(error).rstrip(".")
     return f"none that loads ({cause}); check the name, or give a directory that save_pretrained wrote."
+
+
+def policy_below(path: Path) -> Path | None:
+    """The policy in a checkpoint's directory, or in the newest checkpoint of a run's; None where there is none."""
+    found = [path / "policy", *sorted(path.glob("checkpoints/[0-9]*/policy"), reverse=True)]
+    return next((place for place in found if place.is_dir()), None)
 
 
 def tokenizer_beside(source: str | Path) -> PreTrainedTokenizerBase | None:

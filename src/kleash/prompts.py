@@ -18,8 +18,12 @@ from kleash.seeds import generator_for
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load_prompts(source: str | Path) -> list[dict[str, Any]]:
+def load_prompts(source: str | Path, *, row: str = '{"prompt": ".."}') -> list[dict[str, Any]]:
     """Rows with a `prompt` column, from a jsonl, json, parquet or csv file, or the train split of a data set.
+
+    Args:
+      source: the file, or the data set's name or directory.
+      row: as which a file that cannot be read shall be written.
 
     Raises:
       PromptError: no such file, an unreadable or empty one, no `prompt` column, or a prompt that is neither
@@ -31,6 +35,8 @@ def load_prompts(source: str | Path) -> list[dict[str, Any]]:
         raise PromptError(f"Expected prompts in {source}, found no such file; check the path.")
     if is_file and path.stat().st_size == 0:
         raise PromptError(f"Expected prompts in {source}, found an empty file; give at least one row.")
+    if not is_file:
+        _require_no_other_thing(path, row)
     rows = _read_file(path) if is_file else _read_dataset(str(source))
     require_prompts(rows, source)
     return rows
@@ -57,6 +63,23 @@ def require_prompts(rows: list[dict[str, Any]], source: str | Path) -> None:
                 f"Expected the same columns in every row of {source}, found {column} only in one of rows 1 and "
                 f"{number}; fill it in everywhere."
             )
+
+
+def _require_no_other_thing(path: Path, row: str) -> None:
+    """Raise PromptError for a file of another kind, and for a model's directory."""
+    kinds = "jsonl, json, parquet or csv"
+    if path.is_file():
+        raise PromptError(
+            f"Expected prompts in a {kinds} file, found the file {path}; write each of them as a line {row} of a "
+            ".jsonl file."
+        )
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise PromptError(
+            f"Expected prompts in a {kinds} file or a data set, found the model {path}; give the prompts that "
+            "the policy shall answer."
+        )
+    if path.is_absolute() and not path.exists():
+        raise PromptError(f"Expected prompts in {path}, found no such file; check the path.")
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:

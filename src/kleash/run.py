@@ -59,6 +59,12 @@ class Run:
     completed: int = 0
     roll_backs: int = 0
     weights_are_between_updates: bool = True
+    resumed: bool = False
+
+    @property
+    def has_come_to_nothing(self) -> bool:
+        """Whether this start has not completed an update, and took up nothing that another had."""
+        return not (self.resumed or self.completed or self.roll_backs)
 
     @property
     def learners(self) -> Learners:
@@ -108,6 +114,7 @@ def run_from(config: RunConfig, given: Given, *, resume: bool) -> Run:
     if config.preflight:
         _require_sound(_checks(parts, models, config, accelerator), accelerator)
     run = _assembled(config, directory, accelerator, parts, models)
+    run.resumed = going_on
     if going_on and accelerator.is_main_process:
         clear_up(directory.checkpoints)
     accelerator.wait_for_everyone()

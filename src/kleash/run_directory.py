@@ -73,6 +73,16 @@ class RunDirectory:
                 f"Expected to write to {self.path}, found {error.strerror or error}; choose another out."
             ) from error
 
+    def take_back(self) -> None:
+        """Remove what a start wrote, of a run whose first update failed: nothing is lost, and another may start here.
+
+        Files of somebody else's stay, and then the directory does.
+        """
+        self.config.unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def append(self, file: str, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows to a line file, one JSON object each, flushed before returning."""
         with (self.path / file).open("a", encoding="utf-8") as lines:

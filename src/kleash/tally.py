@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kleash.batch import Rollout
-from kleash.drift import TokenFigures
+from kleash.drift import TokenFigures, mismatch_columns, mismatch_figures
 from kleash.drift_map import LISTED, TypeSums, drifted_tokens, joined_type_sums, rounded, top_tokens, type_sums
 from kleash.estimators import Interval, kl_policy_ref_per_token_k1, mean_with_interval, per_sequence, student_quantile
 from kleash.reading import Reading
@@ -24,7 +24,8 @@ KL, K1, LOG_RATIO = "kl_policy_ref_per_sequence", "kl_policy_ref_per_sequence_k1
 class Tally:
     """What has been measured so far.
 
-    columns:     one number per response, in the order of sampling: prompt, exact KL, k1, entropies, length, finished.
+    columns:     one number per response, in the order of sampling: prompt, exact KL, k1, entropies, length, finished,
+                 and how far sampler and scorer are apart.
     by_position: [3, positions] responses that reach it, sum of the KL there, sum of its square.
     by_class:    [2, classes] tokens, sum of their KL.
     """
@@ -73,6 +74,7 @@ class Tally:
             "ref_entropy": per_sequence(reading.ref_entropy.double(), mask),
             "length": mask.sum(-1),
             "finished": rollout.finished,
+            **mismatch_columns(rollout, reading.policy_logprobs),
         }
         self.columns.setdefault("prompt", []).append(prompts)
         for name, values in numbers.items():
@@ -96,12 +98,17 @@ class Tally:
         """Mean of a number over responses (over tokens where asked) with its 95 % interval."""
         return mean_with_interval(self.column(name), self.column("length") if per_token else None, strata=strata)
 
+    def mismatch(self) -> dict[str, float | None]:
+        """How far apart sampler and scorer are, by the names that a run's records have for it, nats."""
+        columns = (self.column(name) for name in ("kl_rollout_policy_k3", "logprob_mismatch", "length"))
+        return {name: rounded(value) for name, value in mismatch_figures(*columns).items()}
+
     def of_response(self, place: int, *, written_by_policy: bool) -> dict[str, float | None]:
         """The drift of one of the last batch's responses, counted from the first; nats per sequence."""
         last = len(self.columns["prompt"][-1])
         row = place - (self.responses - last)
-        names = {KL: "kl_policy_ref", K1 if written_by_policy else LOG_RATIO: "kl_policy_ref_k1"}
-        return {name: rounded(float(self.columns[column][-1][row])) for name, column in names.items()}
+        columns = columns_by_name(written_by_policy=written_by_policy)
+        return {name: rounded(float(self.columns[column][-1][row])) for name, column in columns.items()}
 
     def positions(self) -> list[dict[str, Any]]:
         """For each position: responses that reach it, its part of the drift, its mean among them with an interval."""
@@ -131,13 +138,14 @@ class Tally:
         """The tokens that carry most of the drift: see drift_map."""
         return [] if self.types is None else drifted_tokens(self.types, self.responses, self.tokenizer)
 
-    def convergence(self) -> list[dict[str, Any]]:
-        """The exact estimate and k1 after so many responses, evenly spaced in the logarithm of their number.
+    def convergence(self, *, written_by_policy: bool) -> list[dict[str, Any]]:
+        """The exact figure and the log-ratio after so many responses, evenly spaced in the logarithm of their number.
 
         Where every prompt has several responses, the numbers are whole passes over the prompts beyond the first one.
         """
         n, strata = self.responses, self.strata
-        columns = {"exact": self.column("kl_policy_ref"), "k1": self.column("kl_policy_ref_k1")}
+        names = columns_by_name(written_by_policy=written_by_policy)
+        columns = {name: self.column(column) for name, column in names.items()}
         steps = range(CONVERGENCE_POINTS)
         counts = {max(2, round(2 * (n / 2) ** (step / (CONVERGENCE_POINTS - 1)))) for step in steps}
         if strata is not None:
@@ -148,6 +156,11 @@ class Tally:
             for count in sorted(counts)
             if count <= n
         ]
+
+
+def columns_by_name(*, written_by_policy: bool) -> dict[str, str]:
+    """Under which names a response's exact KL and its log policy - log reference go, and their columns."""
+    return {KL: "kl_policy_ref", K1 if written_by_policy else LOG_RATIO: "kl_policy_ref_k1"}
 
 
 def _after(count: int, values: Tensor, strata: Tensor | None) -> dict[str, Any]:

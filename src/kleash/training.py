@@ -81,7 +81,8 @@ class Clock:
 def train_run(config: RunConfig, given: Given, *, resume: bool = False, quiet: bool = False) -> RunResult:
     """Run the updates of a configuration; see `train` for what it may raise.
 
-    Whatever stops the run between two updates, or before the steps of one, leaves a checkpoint behind.
+    Whatever stops the run between two updates, or before the steps of one, leaves a checkpoint behind; a first update
+    that fails leaves nothing, as input does that is refused before it.
     """
     with silent_libraries():
         run = run_from(config, given, resume=resume)
@@ -96,7 +97,9 @@ def train_run(config: RunConfig, given: Given, *, resume: bool = False, quiet: b
         try:
             _loop(run, progress, stop)
         except BaseException as error:
-            if main and run.weights_are_between_updates:
+            if main and isinstance(error, Exception) and run.has_come_to_nothing:
+                run.directory.take_back()
+            elif main and run.weights_are_between_updates:
                 write_checkpoint(run)
             if main and run.records and isinstance(error, RunStopped):
                 write_report([run.directory.path], run.directory.report)

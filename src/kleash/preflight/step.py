@@ -20,10 +20,13 @@ from kleash.targets import targets_of
 def step_checks(
     parts: Parts, config: RunConfig, models: Models, sample: Sample, scored: Scored, scores: Tensor | None
 ) -> list[Check]:
-    """The ratio and the gradients of the first micro-batch of the sample; the caller clears the gradients."""
+    """The ratio and the gradients of the first micro-batch of the sample; the caller clears the gradients.
+
+    Without scores, as of a reward that failed, scores of 1 and 0 stand in: they move the policy as others would.
+    """
     rows = torch.arange(config.ppo.micro_batch or len(sample.prompts))[: len(sample.prompts)]
     beta = 1.0 if config.leash.beta == "auto" else config.leash.beta
-    given = torch.zeros(len(sample.prompts)) if scores is None else scores
+    given = (torch.arange(len(sample.prompts)) + 1) % 2.0 if scores is None else scores
     aim = targets_of(
         sample.rollout,
         scored,
@@ -37,7 +40,10 @@ def step_checks(
     sums = micro_batch_sums(models, part, aim.targets, config.ppo, temperature=config.rollout.temperature)
     loss = summed_loss(sums, config.ppo) / sums.tokens
     loss.backward()  # type: ignore[no-untyped-call]
-    return [_ratio_1(sums), _gradients_arrive(parts) if bool(loss.isfinite()) else _infinite_loss(sums)]
+    if not bool(loss.isfinite()):
+        return [_ratio_1(sums), _infinite_loss(sums)]
+    stand_in = "; from scores 1 and 0, as the reward gave none" if scores is None else ""
+    return [_ratio_1(sums), _gradients_arrive(parts, stand_in)]
 
 
 def _ratio_1(sums: StepSums) -> Check:
@@ -56,7 +62,8 @@ def _infinite_loss(sums: StepSums) -> Check:
     return failed("gradients arrive", f"the loss is not finite ({parts})", "scale the scores down, or look for -inf")
 
 
-def _gradients_arrive(parts: Parts) -> Check:
+def _gradients_arrive(parts: Parts, stand_in: str) -> Check:
+    """Whether the gradients are where they belong; a PASS ends with what stood in for the scores."""
     name = "gradients arrive"
     frozen: dict[str, nn.Module] = {"reference": parts.reference}
     if parts.first_reference is not None:
@@ -88,4 +95,4 @@ def _gradients_arrive(parts: Parts) -> Check:
                 )
             zeros += not bool(parameter.grad.any())
     said = f"; {zeros} start at 0, as below a head of zeros" if zeros else ""
-    return passed(name, f"finite, at all {learning} tensors that learn and no frozen one{said}")
+    return passed(name, f"finite, at all {learning} tensors that learn and no frozen one{said}{stand_in}")
