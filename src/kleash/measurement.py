@@ -4,6 +4,7 @@ prompts -> rollout -> log-probs (policy, reference) -> KL -> drift -> report
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
 from kleash.batch import Prompts
-from kleash.errors import ConfigError
+from kleash.errors import ConfigError, KleashWarning
 from kleash.given_responses import load_responses, tokenized_responses
 from kleash.measured import MeasuredDrift, measured_drift
 from kleash.measuring import Measuring, given_batches, sampled_batches
@@ -87,6 +88,9 @@ def measure(
     Returns:
       MeasuredDrift.
 
+    Warns:
+      KleashWarning: the exact KL of the responses is too skewed for their number, so that the interval is too short.
+
     Raises:
       InputError: something given cannot be used; found before the first response.
       NonFiniteError: a log-prob or KL is not finite, as where the reference forbids what the policy says.
@@ -117,9 +121,9 @@ def measure(
             batches = given_batches(state, tokenized_responses(given, pair.tokenizer, eos_token_ids=pair.eos_token_ids))
         for numbers, answers in batches:
             state.add(numbers, answers)
-            found = state.interval
-            expected = state.plan.expected(found)
-            progress.show(state.tally.responses, found if state.is_even else None, expected=expected)
+            interval = state.interval
+            expected = state.plan.expected(interval)
+            progress.show(state.tally.responses, interval if state.is_even else None, expected=expected)
     narrow_enough = state.plan.is_met(state.interval)
     settings = {
         "version": VERSION,
@@ -133,7 +137,10 @@ def measure(
         "until_reached": None if config.until is None else narrow_enough,
         "device": str(pair.device),
     }
-    return measured_drift(state.tally, state.prompts, settings, token_maps=state.maps, narrow_enough=narrow_enough)
+    found = measured_drift(state.tally, state.prompts, settings, token_maps=state.maps, narrow_enough=narrow_enough)
+    if found.figures["interval_doubt"] is not None:
+        warnings.warn(found.figures["interval_doubt"], KleashWarning, stacklevel=2)
+    return found
 
 
 def _plan(config: MeasureConfig, precision: Precision | None, *, prompts: int, given: bool) -> Plan:
