@@ -18,6 +18,7 @@ from kleash.estimators import (
     kl_policy_ref_per_token_k3,
     mean_with_interval,
     per_sequence,
+    skewness,
     student_quantile,
 )
 
@@ -574,3 +575,35 @@ def test_beyond_a_thousand_degrees_the_expansion_is_the_closed_form(probability,
 
 def test_with_freedom_without_end_students_quantile_is_the_normal_one():
     assert student_quantile(0.975, degrees_of_freedom=10**12) == pytest.approx(1.9599639845, abs=1e-9)
+
+
+# --- skewness
+
+
+def test_skewness_by_hand_is_the_same_in_any_unit_and_turns_with_the_sign():
+    values = torch.tensor([0.0, 0.0, 3.0])  # second k-statistic 6 / 2, third 6 * 3 / (2 * 1)
+    assert skewness(values) == pytest.approx(9 / 3**1.5)
+    assert skewness(100 + 7 * values) == pytest.approx(9 / 3**1.5)
+    assert skewness(-values) == pytest.approx(-9 / 3**1.5)
+    assert skewness(torch.tensor([1.0, 2.0, 3.0, 4.0])) == pytest.approx(0.0)
+
+
+def test_between_strata_nothing_is_skewed():
+    values, strata = torch.tensor([0.0, 50.0, 0.0, 50.0, 3.0, 53.0]), torch.tensor([4, 1, 4, 1, 4, 1])
+    assert skewness(values, strata=strata) == pytest.approx(9 / 3**1.5)
+
+
+@pytest.mark.parametrize("sequences", [5, 5000])
+def test_of_exponential_strata_it_is_two(sequences):
+    uniforms = torch.rand(20_000 // sequences * sequences, dtype=torch.float64, generator=generator(3))
+    strata = torch.arange(20_000 // sequences).repeat_interleave(sequences)
+    assert skewness(-uniforms.log() + strata, strata=strata) == pytest.approx(2.0, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("values", "strata"),
+    [([1.0, 5.0], None), ([0.3] * 7, None), ([0.3, 0.3, 0.3 + 1e-8], None), ([1.0, 5.0, 2.0, 4.0], [0, 0, 1, 1])],
+)
+def test_of_two_or_without_a_spread_beyond_rounding_there_is_no_skewness(values, strata):
+    places = None if strata is None else torch.tensor(strata)
+    assert skewness(torch.tensor(values, dtype=torch.float64), strata=places) is None

@@ -82,6 +82,12 @@ def test_the_log_ratio_of_given_texts_is_called_no_estimate() -> None:
     assert "summed along the texts" in found["Drift, exact"]
 
 
+def test_a_doubtful_interval_is_said_to_be_one_beside_what_it_covers() -> None:
+    doubt = "Expected a skewness of at most 1.8, found 3 < 4."
+    assert "found 3 &lt; 4." in measure_page.page(a_measurement(some_maps(), interval_doubt=doubt), [])
+    assert "Expected a skewness" not in measure_page.page(a_measurement(some_maps(), interval_doubt=None), [])
+
+
 # --- tables and plots ------------------------------------------------------------------------------------
 
 

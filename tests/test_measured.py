@@ -9,8 +9,14 @@ from answers import some_answers
 from tiny import tiny_tokenizer
 
 from kleash.batch import Prompts
-from kleash.estimators import Interval, mean_with_interval
-from kleash.measured import MeasuredDrift, by_prompt, k1_responses_for_same_interval, measured_drift
+from kleash.estimators import Interval, mean_with_interval, skewness
+from kleash.measured import (
+    MeasuredDrift,
+    by_prompt,
+    doubt_of_skewed_sums,
+    k1_responses_for_same_interval,
+    measured_drift,
+)
 from kleash.tally import Tally, as_json
 
 PROMPTS = Prompts(texts=["one", "two", [{"role": "user", "content": "three"}]], tokens=[[3], [4], [5]], columns={})
@@ -127,3 +133,26 @@ def test_five_times_the_width_is_twenty_five_times_the_responses():
 @pytest.mark.parametrize("exact", [interval(0.0), interval(math.inf, n=1)])
 def test_without_a_width_or_from_one_response_there_is_no_such_number(exact):
     assert k1_responses_for_same_interval(exact, interval(0.5)) is None
+
+
+@pytest.mark.parametrize("prompts", [UNEVEN, [0, 2, 0, 2, 2, 0]])
+def test_the_skewness_is_that_of_the_exact_sums_about_what_the_interval_covers(prompts):
+    tally = tally_of(prompts)
+    expected = skewness(tally.column("kl_policy_ref"), strata=tally.strata)
+    assert found(prompts).figures["kl_policy_ref_per_sequence_skewness"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_sums_too_skewed_for_their_number_are_said_with_how_many_it_takes():
+    assert doubt_of_skewed_sums(1.78, 32, sampled=True) is None
+    assert doubt_of_skewed_sums(5.0, 250, sampled=True) is None
+    assert doubt_of_skewed_sums(None, 32, sampled=True) is None
+    assert doubt_of_skewed_sums(3.0, 15, sampled=True) is None
+    assert doubt_of_skewed_sums(3.16, 32, sampled=True) == (
+        "Expected a skewness of at most 1.8 of the exact KL of 32 responses, found 3.2: at that, a 95 % interval holds "
+        "the truth less than 93 % of the time; take about 100 responses, by samples or a narrower until."
+    )
+    assert "take about 64 responses" in doubt_of_skewed_sums(1.8, 32, sampled=True)
+    assert doubt_of_skewed_sums(-3.2, 32, sampled=False).endswith("; give about 110.")
+    assert doubt_of_skewed_sums(12.4, 648, sampled=True).endswith(
+        "; take about 1600 responses, by samples or a narrower until."
+    )

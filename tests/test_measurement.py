@@ -106,6 +106,7 @@ def test_each_prompt_has_its_own_enumerated_drift():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Expected a skewness")
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_interval_holds_the_truth_in_93_to_97_percent_and_is_a_fifth_as_wide_as_that_of_k1(name):
     pair, n, repetitions = PAIRS[name], 64, 1000
@@ -191,10 +192,11 @@ def test_an_adapter_is_measured_to_its_base_and_a_new_one_has_not_drifted(tmp_pa
         adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
         adapted.peft_config["default"].base_model_name_or_path = base
         adapted.save_pretrained(tmp_path / name)
-    new, old = (tiny_measure(tmp_path / name, base, tokenizer=None) for name in ("new", "old"))
+    many = {"tokenizer": None, "config": {"samples": 96}}
+    new, old = (tiny_measure(tmp_path / name, base, **many) for name in ("new", "old"))
     assert new.kl_policy_ref_per_sequence.mean == 0
     assert old.kl_policy_ref_per_sequence.low > 0.01
-    back = tiny_measure(base, tmp_path / "old", tokenizer=None)
+    back = tiny_measure(base, tmp_path / "old", **many)
     assert back.kl_policy_ref_per_sequence.mean != old.kl_policy_ref_per_sequence.mean
 
 
@@ -263,6 +265,17 @@ def test_responses_are_dealt_evenly_and_the_interval_says_what_it_covers(samples
     counts = [row["responses"] for row in figures["by_prompt"]]
     assert len(counts) == min(n, 8)
     assert set(counts) == {1 if covers else 2}
+
+
+def test_an_interval_that_skewed_sums_do_not_bear_out_is_doubted_and_more_responses_are_the_remedy():
+    pair = EnumerablePair(temperature=0.7, seed=1)
+    with pytest.warns(KleashWarning, match="take about") as said:
+        few = of_pair(pair, samples=16)
+    assert [str(one.message) for one in said] == [few.figures["interval_doubt"]]
+    assert few.figures["kl_policy_ref_per_sequence_skewness"] ** 2 > 0.1 * 16
+    many = of_pair(pair, samples=2048, batch=512).figures
+    assert many["interval_doubt"] is None
+    assert many["kl_policy_ref_per_sequence_skewness"] == pytest.approx(pair.truth.skewness(pair.truth.exact), abs=0.3)
 
 
 def test_one_response_has_a_mean_and_no_interval():

@@ -21,7 +21,7 @@ from kleash.checks import require_between, require_mask, require_rank, require_s
 from kleash.errors import ShapeError
 from kleash.masking import masked
 
-ROUNDING = 1e-6  # of a number of degrees of freedom
+ROUNDING = 1e-6  # of a number of degrees of freedom; of a spread in units of the mean
 CLOSED_FORM_UP_TO = 1000  # degrees of freedom; its cost grows with them
 
 
@@ -218,6 +218,38 @@ def _within_strata(residuals: Tensor) -> tuple[float, int]:
     spread = variances.square().sum() / (sequences - 1)
     freedom = float(total.square() / spread) if spread > 0 else 1.0
     return standard_error, max(1, math.floor(freedom + ROUNDING))  # equal strata have a whole number of them
+
+
+def skewness(values_per_sequence: Tensor, *, strata: Tensor | None = None) -> float | None:
+    """Skewness of the values about the mean of their stratum, from the k-statistics: k3 / k2^1.5.
+
+    The mean of n of them has this skewness over sqrt(n), and Student's interval is the less to be trusted for it.
+
+    Args:
+      values_per_sequence: [batch].
+      strata: as for mean_with_interval; k2 and k3 are then means over strata.
+
+    Returns:
+      A number without a unit; None of fewer than three to a stratum, or where nothing but rounding spreads them.
+
+    Raises:
+      ShapeError: as mean_with_interval.
+
+    Source: Fisher 1930, k-statistics; Johnson 1978, Student's interval of skewed values.
+
+    >>> round(skewness(torch.tensor([0.0, 0.0, 3.0])), 3)
+    1.732
+    """
+    require_rank(1, "[batch]", values_per_sequence=values_per_sequence)
+    values = values_per_sequence.detach().double()
+    by_stratum = values.unsqueeze(0) if strata is None else values[_sequences_by_stratum(values, strata)]
+    m = by_stratum.shape[1]
+    if m < 3:
+        return None
+    residuals = by_stratum - by_stratum.mean(1, keepdim=True)
+    k2 = float(residuals.square().sum(1).mean()) / (m - 1)
+    k3 = float(residuals.pow(3).sum(1).mean()) * m / ((m - 1) * (m - 2))
+    return None if math.sqrt(k2) <= ROUNDING * float(values.abs().mean()) else k3 / k2**1.5
 
 
 @cache

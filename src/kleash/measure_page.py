@@ -54,6 +54,7 @@ def page(measured: Record, token_maps: Sequence[Record]) -> str:
         "prompts_shown": PROMPTS_SHOWN,
         "settings": settings(measured),
         "covers": str(measured["interval_covers"]),
+        "doubt": measured.get("interval_doubt"),
         "bar_width": width,
         "maps": bool(maps),
     }

@@ -89,6 +89,10 @@ def measure(
     Returns:
       MeasuredDrift.
 
+    Warns:
+      KleashWarning: the exact KL of the responses is too skewed for their number, so that the interval is too short; or
+        sampler and scorer are far apart, as in a narrow dtype.
+
     Raises:
       InputError: something given cannot be used; found before the first response.
       NonFiniteError: a log-prob or KL is not finite, as where the reference forbids what the policy says.
@@ -119,9 +123,9 @@ def measure(
             batches = given_batches(state, tokenized_responses(given, pair.tokenizer, eos_token_ids=pair.eos_token_ids))
         for numbers, answers in batches:
             state.add(numbers, answers)
-            found = state.interval
-            expected = state.plan.expected(found)
-            progress.show(state.tally.responses, found if state.is_even else None, expected=expected)
+            interval = state.interval
+            expected = state.plan.expected(interval)
+            progress.show(state.tally.responses, interval if state.is_even else None, expected=expected)
     narrow_enough = state.plan.is_met(state.interval)
     settings = {
         "version": VERSION,
@@ -135,7 +139,7 @@ def measure(
         "until_reached": None if config.until is None else narrow_enough,
         "device": str(pair.device),
     }
-    measured = measured_drift(
+    found = measured_drift(
         state.tally,
         state.prompts,
         settings,
@@ -143,19 +147,21 @@ def measure(
         token_maps=state.maps,
         narrow_enough=narrow_enough,
     )
-    _warn_of_another_sampler(measured.figures["kl_rollout_policy_per_token_k3"])
-    return measured
+    for doubt in (found.figures["interval_doubt"], _doubt_of_the_sampler(found.figures)):
+        if doubt is not None:
+            warnings.warn(doubt, KleashWarning, stacklevel=2)
+    return found
 
 
-def _warn_of_another_sampler(mismatch: float | None) -> None:
-    """Warn where sampler and scorer are farther apart than the alarm of a run lets them be, nats per token."""
-    tolerated = SamplerMismatch().threshold
-    if mismatch is not None and mismatch > tolerated:
-        words = (
-            f"Expected sampler and scorer at most {tolerated:g} nats per token apart, found {mismatch:.2g}: the "
-            "responses are not quite the policy's, nor is their drift; measure in float32."
-        )
-        warnings.warn(words, KleashWarning, stacklevel=3)
+def _doubt_of_the_sampler(figures: dict[str, Any]) -> str | None:
+    """What to say where sampler and scorer are farther apart than the alarm of a run lets them be; else None."""
+    tolerated, mismatch = SamplerMismatch().threshold, figures["kl_rollout_policy_per_token_k3"]
+    if mismatch is None or mismatch <= tolerated:
+        return None
+    return (
+        f"Expected sampler and scorer at most {tolerated:g} nats per token apart, found {mismatch:.2g}: the responses "
+        "are not quite the policy's, nor is their drift; measure in float32."
+    )
 
 
 def _plan(config: MeasureConfig, precision: Precision | None, *, prompts: int, given: bool) -> Plan:
