@@ -1,6 +1,10 @@
 """A policy with an adapter: loaded, trained, saved and taken up again; its reference is the start it came with."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +143,39 @@ def test_an_adapters_directory_is_a_model_on_its_base(base: Path, adapter: Path,
 def test_the_tokenizer_of_an_adapter_without_one_is_that_of_its_base(adapter: Path) -> None:
     assert load_tokenizer(adapter).get_vocab() == tiny_tokenizer().get_vocab()
     assert load_tokenizer(adapter, pad_token="<eos>").pad_token_id == 1
+
+
+@pytest.mark.slow
+def test_an_adapter_and_its_base_go_by_their_hub_names(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """From a hub's cache as a download leaves it, without a network, in a process that reads where the cache is."""
+    for name, directory in (("base", base), ("adapter", adapter)):
+        place = tmp_path / "hub" / f"models--somebody--{name}"
+        shutil.copytree(directory, place / "snapshots" / "abc")
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("abc")
+    config = tmp_path / "hub/models--somebody--adapter/snapshots/abc/adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "somebody/base"}))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "what is"}\n')
+    by_name, by_path = tmp_path / "by_name.json", tmp_path / "by_path.json"
+    for models, found in ((["somebody/adapter", "somebody/base"], by_name), ([str(adapter), str(base)], by_path)):
+        words = [*models, "--prompts", "prompts.jsonl", "--max-new-tokens", "6", "--samples", "8", "--json", str(found)]
+        ended = subprocess.run(
+            [sys.executable, "-m", "kleash.cli", "measure", *words],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "HF_HOME": str(tmp_path),
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+    figures = [json.loads(path.read_text())["kl_policy_ref_per_sequence"] for path in (by_name, by_path)]
+    assert figures[0] == figures[1]
+    assert figures[0]["mean"] > 0.01
 
 
 def test_an_adapter_whose_base_is_gone_or_not_named_is_one_sentence(adapter: Path, tmp_path: Path) -> None:

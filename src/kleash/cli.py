@@ -285,7 +285,7 @@ def _measure_arguments(words: list[str], keys: type) -> Any:
         """Arguments of `kleash measure`."""
 
         policy: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="POLICY")]
-        """The model in question: a checkpoint's directory or hub name, or an adapter's directory."""
+        """The model in question: a checkpoint or an adapter, by its directory or hub name."""
         reference: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REFERENCE")]
         """What its drift is measured to, mostly the model that it started from; the same forms."""
         prompts: str | None = None

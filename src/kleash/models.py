@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from kleash.errors import ModelError, first_line
 from kleash.masking import position_ids
@@ -115,7 +116,7 @@ def load_causal_model(
     """A causal language model with dropout off; `role` names it in errors.
 
     Args:
-      source: path or hub name of a model, or the directory of an adapter, whose base is loaded with it.
+      source: path or hub name of a model, or of an adapter, whose base is loaded with it.
       role: policy or reference, say.
       adapter_learns: whether an adapter wants gradients; its base never does.
       dtype: of the weights.
@@ -150,12 +151,15 @@ def _require_saved_as_a_language_model(model: PreTrainedModel, source: str | Pat
 
 
 def base_of_adapter(source: str | Path) -> str | None:
-    """The model that the adapter in a directory was trained on, by path or hub name; None where no adapter lies."""
-    file = Path(source) / "adapter_config.json"
-    if not file.is_file():
+    """The model that an adapter was trained on, by path or hub name; None where no adapter lies."""
+    try:
+        file = find_adapter_config_file(str(source))
+    except (OSError, ValueError):  # no model's name either: whoever loads it says why
+        return None
+    if file is None:
         return None
     try:
-        base: str | None = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base: str | None = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except ValueError as error:
         raise ModelError(f"Expected JSON in {file}, found a mistake; save the adapter again.") from error
     if not base:
@@ -166,7 +170,7 @@ def base_of_adapter(source: str | Path) -> str | None:
 
 
 def _with_adapter(model: PreTrainedModel, source: str | Path, *, learns: bool) -> PreTrainedModel:
-    """The base model with the adapter of a directory in place, grown for tokens that the adapter's tokenizer adds."""
+    """The base model with the adapter in place, grown for tokens that the adapter's tokenizer adds."""
     from peft import PeftConfig, inject_adapter_in_model, load_peft_weights
 
     tokenizer = tokenizer_beside(source)

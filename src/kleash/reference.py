@@ -42,7 +42,7 @@ def without_adapter(policy: PreTrainedModel) -> PreTrainedModel:
     if adapter_name(policy) is None:
         raise ModelError(
             "Expected a policy with an adapter for the reference adapter_off, found one without; "
-            "choose the reference copy, or give an adapter's directory."
+            "choose the reference copy, or give an adapter."
         )
     base = frozen_copy(policy)
     for name, module in list(base.named_modules()):
