@@ -26,6 +26,16 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("filterwarnings", warning)
 
 
+@pytest.fixture
+def absent_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch was built for an accelerator, as it comes by default on Linux, and the machine has none."""
+
+    def accelerator(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerator)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
