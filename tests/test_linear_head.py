@@ -11,7 +11,7 @@ from tiny import LIVELY, tiny_config, tiny_policy
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from kleash.fused.head import Head
@@ -47,6 +47,7 @@ MLA = {
 }
 NARROW = {"head_dim": 8}
 PLAIN = LinearHead()
+NEWER = ("beam",)  # than the oldest transformers that we promise to work with: since 5.21
 TRANSFORMED = "outside both base model and head, which may come between them"
 
 ARCHITECTURES: dict[str, tuple[dict[str, object], LinearHead | str]] = {
@@ -128,7 +129,10 @@ ARCHITECTURES: dict[str, tuple[dict[str, object], LinearHead | str]] = {
 
 def tiny_model(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
     """The architecture in small; every weight, norm and bias is random, and the head's products reach far."""
-    config = AutoConfig.for_model(name.split(" ")[0], **{**SIZES, **ARCHITECTURES[name][0], **changes})
+    kind = name.split(" ")[0]
+    if kind not in CONFIG_MAPPING and kind in NEWER:
+        pytest.skip(f"this transformers does not know {kind}")
+    config = AutoConfig.for_model(kind, **{**SIZES, **ARCHITECTURES[name][0], **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -73,6 +73,12 @@ def test_every_module_gets_its_training_mode_back_also_after_an_error():
     assert [module.training for module in model.modules()] == before
 
 
+@pytest.mark.usefixtures("absent_accelerator")
+def test_models_are_loaded_on_the_cpu_where_the_accelerator_is_absent(tmp_path):
+    path = saved(tmp_path, "p")
+    assert load_pair(path, path).device == torch.device("cpu")
+
+
 def test_weights_are_loaded_in_the_type_that_was_asked_for(tmp_path):
     path = saved(tmp_path, "p")
     assert load_pair(path, path).policy.model.dtype == torch.float32

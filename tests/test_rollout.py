@@ -8,6 +8,7 @@ import torch
 from exact import World
 from hypothesis import given
 from hypothesis import strategies as st
+from test_linear_head import tiny_model
 from tiny import LIVELY, PROMPTS, WORDS, tiny_models, tiny_policy, tiny_prompts, tiny_rollout
 from torch import Tensor, nn
 
@@ -188,21 +189,28 @@ def sampled(model: nn.Module, prompts: list[list[int]], uniforms: Tensor, **opti
     return sample_responses(model, ids, mask, uniforms=uniforms, **options)
 
 
+def shapes_read(model: nn.Module) -> list[tuple[int, int]]:
+    """[batch, time] of the tokens of every call from now on."""
+    shapes: list[tuple[int, int]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("eos", [[1], [1, 4, 7]])
 def test_the_cached_loop_writes_what_each_row_writes_alone(architecture, temperature, eos):
     """Compaction of closed rows, left padding, and the key-value cache change no token."""
     model = tiny_policy(2, architecture=architecture, **LIVELY)
-    sizes = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    shapes = shapes_read(model)
     prompts = tiny_prompts(PROMPTS + PROMPTS[::-1]).tokens
     uniforms = uniforms_for(len(prompts), 24, seed=3)
     drawn = sampled(model, prompts, uniforms, temperature=temperature, eos_token_ids=eos)
-    assert sizes[0] == len(prompts)
-    assert min(sizes) <= len(prompts) / 2  # the batch did shrink
+    assert shapes[0][0] == len(prompts)
+    assert min(shapes)[0] <= len(prompts) / 2  # the batch did shrink
+    assert {width for _, width in shapes[1:]} == {1}  # the cache was used
     for row, prompt in enumerate(prompts):
         alone = written_alone(model, prompt, uniforms[row], temperature=temperature, eos=eos)
         tokens, logprobs = zip(*alone, strict=True)
@@ -212,6 +220,25 @@ def test_the_cached_loop_writes_what_each_row_writes_alone(architecture, tempera
         assert drawn.finished[row].item() == (tokens[-1] in eos)
         torch.testing.assert_close(drawn.logprobs[row][drawn.mask[row]], torch.tensor(logprobs), atol=1e-5, rtol=0)
         assert (drawn.logprobs[row][~drawn.mask[row]] == 0).all()
+
+
+@pytest.mark.parametrize(("name", "cached"), [("falcon_h1", True), ("mamba", False)])
+def test_a_model_with_states_writes_what_each_row_writes_alone(name, cached):
+    """Rows leave states as they leave keys and values; a model of states alone reads the whole text at every step."""
+    model = tiny_model(name)
+    model.get_output_embeddings().weight.data.div_(20)
+    prompts, eos = [[3, 4, 5, 6], [7, 8], [9, 10, 11], [12, 13, 14, 15, 16]], list(range(1, 14))
+    uniforms = torch.rand(4, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shapes = shapes_read(model)
+    drawn = sampled(model, prompts, uniforms, eos_token_ids=eos)
+    assert shapes[0] == (4, 5)
+    assert min(shapes)[0] < 4
+    assert ({width for _, width in shapes[1:]} == {1}) == cached
+    for row, prompt in enumerate(prompts):
+        alone = written_alone(model, prompt, uniforms[row], temperature=1.0, eos=eos)
+        tokens, logprobs = zip(*alone, strict=True)
+        assert drawn.tokens[row][drawn.mask[row]].tolist() == list(tokens)
+        torch.testing.assert_close(drawn.logprobs[row][drawn.mask[row]], torch.tensor(logprobs), atol=1e-5, rtol=0)
 
 
 def test_an_eos_as_the_last_possible_token_counts_as_finished():

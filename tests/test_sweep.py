@@ -367,6 +367,11 @@ def test_the_baseline_follows_from_the_seed_and_not_from_how_it_is_split(path: P
     assert [best.score.mean for best in other] != pytest.approx([best.score.mean for best in whole])
 
 
+@pytest.mark.usefixtures("absent_accelerator")
+def test_the_baseline_is_drawn_on_the_cpu_where_the_accelerator_is_absent(path: Path) -> None:
+    assert best_of_n_baseline(read_config(path), Given(), best_of=1, prompts=1)[0].n == 1
+
+
 def test_nothing_to_sample_is_refused(path: Path) -> None:
     with pytest.raises(ConfigError, match="at least one response to at least one prompt, found 4 and 0; raise them"):
         best_of_n_baseline(read_config(path), Given(), best_of=4, prompts=0)

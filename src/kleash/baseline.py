@@ -72,7 +72,7 @@ def doubling(largest: int) -> list[int]:
 @torch.no_grad()
 def reference_samples(parts: Parts, config: RunConfig, *, draws: int, prompts: int) -> ReferenceSamples:
     """Draw from the reference and judge, as many responses at a time as the run samples together."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     scorers = [scorer for scorer in (parts.scorer, parts.eval_scorer) if scorer is not None]
     models: list[nn.Module] = [parts.reference, *(model for scorer in scorers for model in reward_models(scorer))]
     for model in models:

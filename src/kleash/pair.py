@@ -82,7 +82,7 @@ def load_pair(
         raise ModelError("Expected a tokenizer for a policy in memory, found none; give one.")
     words = tokenizer or load_tokenizer(source, pad_token=pad_token)
     require_special_tokens(words)
-    place = device or torch.accelerator.current_accelerator() or torch.device("cpu")
+    place = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     models = _models(policy, reference, dtype, place)
     width = models[0].config.get_text_config().vocab_size
     require_same_vocabulary(words, source_of(reference), models[1], width)

@@ -118,7 +118,8 @@ class MeasureProgress:
         return self
 
     def __exit__(self, *details: object) -> None:
-        self.bar.stop()
+        if not self.bar.disable:  # rich before 14.3 ends even a bar that it never drew with an empty line
+            self.bar.stop()
 
     def show(self, done: int, interval: Interval | None, *, expected: int) -> None:
         """Say what the responses so far say, and how many are expected; elsewhere than in a terminal every tenth.

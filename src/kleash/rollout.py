@@ -7,6 +7,7 @@ function of the policy, the prompts and those numbers, whatever the batch is spl
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -145,14 +146,14 @@ def sample_responses(
         remaining = open_rows[active]
         if not bool(remaining.any()):
             break
-        cache = getattr(output, "past_key_values", None)
+        cache = _cache_of(model, output)
         ids = torch.cat([ids, drawn.unsqueeze(1)], 1)
         attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], 1)
         if 2 * int(remaining.sum()) <= len(active):
             kept = remaining.nonzero().flatten()
             active, ids, attention_mask = active[kept], ids[kept], attention_mask[kept]
             if cache is not None:
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)  # batch_select_indices forgets the states of linear attention
         fresh = ids if cache is None else ids[:, -1:]
     time = int(mask.any(0).sum())
     return Responses(tokens=tokens[:, :time], logprobs=logprobs[:, :time], mask=mask[:, :time], finished=~open_rows)
@@ -163,8 +164,23 @@ def _step_arguments(model: nn.Module, fresh: Tensor, attention_mask: Tensor, cac
     if accepts(model, "logits_to_keep"):
         arguments["logits_to_keep"] = 1
     if cache is not None:
-        arguments["past_key_values"] = cache
+        arguments[_cache_name(model)] = cache
     return arguments
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What the model's forward calls its cache; transformers renamed it in 5.24."""
+    return "cache" if accepts(model, "cache") else "past_key_values"
+
+
+def _cache_of(model: nn.Module, output: object) -> Any:
+    """The cache, if a step can go on from it; else None, and the next step reads the whole text.
+
+    A model of states alone (Mamba) takes a mask of the fresh token only, not of the whole text, and errs in silence.
+    """
+    cache = getattr(output, _cache_name(model), None)
+    layers = getattr(cache, "layers", ())
+    return None if layers and not any(hasattr(layer, "keys") for layer in layers) else cache
 
 
 def rollout_of(

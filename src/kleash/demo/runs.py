@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ def train_side_by_side(configs: Sequence[RunConfig], screen: Console) -> None:
         TextColumn("{task.fields[figures]}"),
         TimeElapsedColumn(),
     )
+    progress = Progress(*columns, console=screen, disable=not screen.is_terminal)
     try:
-        with Progress(*columns, console=screen, disable=not screen.is_terminal) as progress:
+        with nullcontext() if progress.disable else progress:  # rich before 14.3 ends a disabled one with an empty line
             tasks = {c.out: progress.add_task(Path(c.out).name, total=c.updates, figures="starting") for c in configs}
             while any(child.poll() is None for child in children.values()):
                 time.sleep(POLL_SECONDS)
