@@ -123,6 +123,13 @@ def lines(trainer: Trainer) -> list[dict[str, object]]:
     return [json.loads(line) for line in (Path(trainer.args.output_dir) / "drift.jsonl").read_text().splitlines()]
 
 
+def without_rounding(figures: dict[str, object]) -> dict[str, object]:
+    """All but the figures of what rounding alone does between sampler and scorer, another time every time."""
+    rounding = {name: figures[name] for name in ("kl_rollout_policy_per_token_k3", "logprob_mismatch_max")}
+    assert all(abs(value) < 1e-5 for value in rounding.values())
+    return {name: value for name, value in figures.items() if name not in rounding}
+
+
 def kl_of(line: dict[str, object]) -> float:
     return line["kl_policy_ref_per_sequence"]["mean"]
 
@@ -169,9 +176,11 @@ def test_the_last_measurement_is_that_of_kleash_measure_on_what_was_saved(watche
     found = lines(watched)[-1]
     assert kl_of(found) > 0.05
     where_from = {"policy", "reference", "step", "reference_fingerprint"}
-    assert {k: v for k, v in found.items() if k not in where_from} == {
-        k: v for k, v in expected.items() if k not in where_from
-    }
+    found, expected = (
+        {name: value for name, value in figures.items() if name not in where_from}
+        for figures in (without_rounding(found), without_rounding(expected))
+    )
+    assert found == expected
 
 
 def test_the_trainers_log_has_the_figures_under_the_names_of_the_glossary(watched):
@@ -435,7 +444,7 @@ def test_a_resumed_run_is_measured_to_the_start_of_the_run_and_not_to_the_checkp
     assert [line["step"] for line in found] == [0, 2, 3, 4]
     assert found[0] == expected[0]
     assert 0 < kl_of(found[2]) < 2 * kl_of(expected[2])
-    assert found[3] == expected[2]
+    assert without_rounding(found[3]) == without_rounding(expected[2])
 
 
 def test_a_resumed_run_needs_the_reference_that_it_was_measured_to(start, tmp_path):
