@@ -186,6 +186,25 @@ def test_a_browser_shows_it_quietly_offline_and_within_a_phone(
     tab.close()
 
 
+@pytest.mark.parametrize("converging", [[], [{"n": 2, KL: around(4.0, 1.0, 2), f"{KL}_k1": around(4.1, 1.0, 2)}]])
+def test_of_one_response_there_is_its_map_and_no_plot_of_how_the_estimate_narrows(
+    tmp_path: Path, browser: Any, converging: list[dict[str, Any]]
+) -> None:
+    maps = some_maps()[7:8]
+    measured = a_measurement(maps, **{KL: around(3.25, None, 1)}, convergence=converging)
+    tab = browser.new_page(viewport={"width": 360, "height": 740})
+    heard = listened(tab)
+    out = write_measure_page(measured, maps, tmp_path / "page.html")
+    tab.goto(out.as_uri())
+    tab.locator("#response-7 .t").nth(1).click()
+    assert "1.75 nats of KL" in tab.locator("#token-card").inner_text()
+    assert tab.locator("#narrowing").is_visible() == bool(converging)
+    assert tab.locator("#positions .bars path").count() >= 3
+    assert "One response has no interval" in tab.locator("main").inner_text()
+    require_quiet_offline_and_narrow(tab, heard, out.as_uri())
+    tab.close()
+
+
 def test_the_estimate_narrows_and_every_position_has_its_bar(pages: dict[str, Path], browser: Any) -> None:
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
     tab.goto(pages["measured"].as_uri())

@@ -53,6 +53,7 @@ def page(measured: Record, token_maps: Sequence[Record]) -> str:
         "prompts": prompt_rows(measured),
         "prompts_shown": PROMPTS_SHOWN,
         "settings": settings(measured),
+        "alone": measured["responses_count"] == 1,
         "covers": str(measured["interval_covers"]),
         "doubt": measured.get("interval_doubt"),
         "bar_width": width,
