@@ -246,7 +246,37 @@ def test_an_interrupt_at_once_ends_with_130_too(kleash: Command, world: World, t
     assert tree(tmp_path).keys() == {"run.yaml"}
 
 
-def interrupting_at_once(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+@pytest.mark.parametrize(
+    ("words", "inner", "said"),
+    [
+        (["measure", "p", "r", "--prompts", "x"], "kleash.measurement.measure", "nothing was written"),
+        (["check", "RUN"], "kleash.run.check_run", "nothing was written"),
+        (["report", "somewhere"], "kleash.report.write_report", "the page is as it was"),
+        (["demo"], "kleash.demo.play.play", "start again with another --out, or delete what it left"),
+        (
+            ["sweep", "RUN", "--seed", "0", "1"],
+            "kleash.sweep.sweep",
+            "go on from the last checkpoint, if there is one, with --resume",
+        ),
+    ],
+)
+def test_an_interrupt_says_what_is_left_of_each_command(
+    kleash: Command,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    inner: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(inner, interrupting_at_once)
+    run = str(write_run(world, tmp_path / "run", **SMALL))
+    ended = kleash(*[run if word == "RUN" else word for word in words])
+    assert (ended.code, ended.out) == (130, "")
+    assert ended.err == f"kleash: Interrupted; {said}.\n"
+
+
+def interrupting_at_once(*given: object, **named: object) -> list[float]:
     raise KeyboardInterrupt
 
 
@@ -757,3 +787,23 @@ def test_measure_says_first_that_its_file_cannot_be_written(kleash: Command, wor
         assert ended.code == 2
         assert ended.err.startswith("kleash: Expected ")
         assert ended.err.count("\n") == 1
+
+
+def test_measure_never_writes_over_what_it_reads_nor_two_files_into_one(
+    kleash: Command, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("given.jsonl").write_text(json.dumps({"prompt": "a cat", "response": "it runs"}) + "\n")
+    Path("linked.jsonl").symlink_to("given.jsonl")
+    before = tree(tmp_path)
+    given = tmp_path / "given.jsonl"
+    for words, both in (
+        (["--prompts", given, "--out", "given.jsonl"], "--out than for --prompts, found given.jsonl"),
+        (["--responses", "given.jsonl", "--json", given], f"--json than for --responses, found {given}"),
+        (["--prompts", "linked.jsonl", "--json", "given.jsonl"], "--json than for --prompts, found given.jsonl"),
+        (["--prompts", given, "--out", "new", "--json", "./new"], "--json than for --out, found new"),
+    ):
+        ended = kleash("measure", "nowhere", "nowhere", *words)
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.err == f"kleash: Expected another file for {both} for both; choose another place.\n"
+        assert tree(tmp_path) == before

@@ -72,8 +72,18 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(f"kleash: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
-        print("kleash: Interrupted; go on from the last checkpoint, if there is one, with --resume.", file=sys.stderr)
+        print(f"kleash: Interrupted; {AFTER_AN_INTERRUPT[words[0]]}.", file=sys.stderr)
         return 130
+
+
+AFTER_AN_INTERRUPT = {
+    "demo": "start again with another --out, or delete what it left",
+    "check": "nothing was written",
+    "train": "go on from the last checkpoint, if there is one, with --resume",
+    "measure": "nothing was written",
+    "sweep": "go on from the last checkpoint, if there is one, with --resume",
+    "report": "the page is as it was",
+}
 
 
 _show_other_warning = warnings.showwarning
@@ -336,6 +346,7 @@ def _measure(words: list[str]) -> int:
     from kleash.readout import readout
     from kleash.run_directory import require_place_for
 
+    _require_files_of_their_own(asked)
     for file in filter(None, (asked.out, asked.json)):
         require_place_for(file)
     measured = measure(
@@ -348,12 +359,14 @@ def _measure(words: list[str]) -> int:
         mapped=0 if asked.out is None else RESPONSES_ON_THE_PAGE,
         quiet=False,
     )
-    Console(highlight=False).print(readout(measured))
+    if asked.out is not None:
+        write_measure_page(measured.figures, measured.token_maps, asked.out)
     if asked.json is not None:
         _write(asked.json, json.dumps(measured.figures, ensure_ascii=False, indent=1) + "\n")
-        print(f"\nfigures  {asked.json}")
-    if asked.out is not None:
-        print(f"\npage     {write_measure_page(measured.figures, measured.token_maps, asked.out)}")
+    Console(highlight=False).print(readout(measured))
+    for name, file in (("figures", asked.json), ("page", asked.out)):
+        if file is not None:
+            print(f"\n{name:<7}  {file}")
     if not measured.narrow_enough:
         print(
             f"kleash: Expected an interval of {asked.config.until}, found a wider one after "
@@ -361,6 +374,21 @@ def _measure(words: list[str]) -> int:
             file=sys.stderr,
         )
     return 0 if measured.narrow_enough else 1
+
+
+def _require_files_of_their_own(asked: Any) -> None:
+    """Raise ConfigError where a file to write is one that is read, or both are one file."""
+    places = {name: Path(file).resolve() for name in ("prompts", "responses") if (file := getattr(asked, name))}
+    for name in ("out", "json"):
+        file = getattr(asked, name)
+        if file is None:
+            continue
+        taken = next((other for other, place in places.items() if place == file.resolve()), None)
+        if taken is not None:
+            raise ConfigError(
+                f"Expected another file for --{name} than for --{taken}, found {file} for both; choose another place."
+            )
+        places[name] = file.resolve()
 
 
 RESPONSES_ON_THE_PAGE = 500
