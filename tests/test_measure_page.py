@@ -37,14 +37,25 @@ def test_the_verdict_says_how_far_the_policy_went_and_beside_what() -> None:
     measured = a_measurement(some_maps())
     assert plain(verdict_text(measured)) == (
         "The policy has drifted 3.88 +- 0.40 nats per response from the reference, "
-        "as far as the best of 130 of the reference's responses could be."
+        "as far as the best of 87 to 200 of the reference's responses could be."
     )
     still = measured | {KL: around(0.0, 0.0, 20)}
     assert verdict_text(still) == "The policy has not moved: its drift from the reference is exactly 0."
     endless = measured | {KL: {"mean": None, "low": None, "high": None, "n": 20}}
     assert verdict_text(endless).startswith("The drift is not finite")
-    alone = measured | {KL: around(0.01, None, 1)}
-    assert verdict_text(alone) == "The policy has drifted 0.010 nats per response from the reference, hardly at all."
+    alone = measured | {KL: around(21.0, None, 1)}
+    assert verdict_text(alone) == "The one response that was measured lies 21.0 nats from the reference."
+
+
+def test_a_drift_is_beside_a_best_of_n_only_as_surely_as_its_interval_is_narrow() -> None:
+    million = best_of_n_kl_bound(10**6)
+    assert as_choice(million + 0.1, 36.0) == "farther than the best of a million of the reference's responses could be"
+    assert as_choice(6.0, 36.0) == "as far as the best of 1,100 of the reference's responses could be or farther"
+    assert as_choice(-0.5, 0.01) == "hardly at all"
+    assert as_choice(0.01, 0.5).startswith("at most as far as the best of ")
+    assert as_choice(0.01, 36.0) == "an interval too wide to say how far"
+    wide = a_measurement(some_maps()) | {KL: around(21.0, 15.0, 9)}
+    assert "million" not in verdict_text(wide)
 
 
 def test_the_verdict_on_given_responses_claims_no_drift_of_the_policy() -> None:
@@ -58,8 +69,9 @@ def test_the_verdict_on_given_responses_claims_no_drift_of_the_policy() -> None:
 @pytest.mark.parametrize("n", [2, 7, 64, 990_000])
 def test_the_best_of_n_that_is_named_is_the_first_that_could_be_as_far(n: int) -> None:
     said = f"{n:,}"
-    assert f"best of {said} of the" in as_choice(best_of_n_kl_bound(n))
-    assert f"best of {said} of the" in as_choice(best_of_n_kl_bound(n) - 1e-9)
+    kl = best_of_n_kl_bound(n)
+    assert f"best of {said} of the" in as_choice(kl, kl)
+    assert f"best of {said} of the" in as_choice(kl - 1e-9, kl - 1e-9)
 
 
 def test_the_tiles_have_each_figure_with_its_interval_and_what_it_is() -> None:

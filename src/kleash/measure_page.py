@@ -87,26 +87,54 @@ def verdict_text(measured: Record) -> str:
         )
     if drift.mean == 0:
         return "The policy has not moved: its drift from the reference is exactly 0."
-    return f"The policy has drifted {interval(drift)} nats per response from the reference, {as_choice(drift.mean)}."
+    if drift.half_width is None:
+        return f"The one response that was measured lies {interval(drift)} nats from the reference."
+    low, high = drift.mean - drift.half_width, drift.mean + drift.half_width
+    return f"The policy has drifted {interval(drift)} nats per response from the reference, {as_choice(low, high)}."
 
 
-def as_choice(kl: float) -> str:
-    """A drift beside the best of n responses of the reference, which is at most ln n - (n - 1) / n nats from it.
+def as_choice(low: float, high: float) -> str:
+    """An interval of the drift beside the best of n of the reference's responses, at most ln n - (n - 1) / n from it.
 
-    >>> as_choice(1.2), as_choice(0.001)
-    ("as far as the best of 8 of the reference's responses could be", 'hardly at all')
-    >>> as_choice(26.0)
+    >>> as_choice(1.2, 1.3), as_choice(-0.001, 0.003)
+    ("as far as the best of 8 to 9 of the reference's responses could be", 'hardly at all')
+    >>> as_choice(25.8, 26.2)
     "farther than the best of a million of the reference's responses could be"
+    >>> as_choice(6.0, 36.0)
+    "as far as the best of 1,100 of the reference's responses could be or farther"
+    >>> as_choice(0.01, 1.2), as_choice(0.01, 36.0)
+    ("at most as far as the best of 8 of the reference's responses could be", 'an interval too wide to say how far')
     """
-    if kl < LEAST_NATS:
+    least, most = best_of(low), best_of(high)
+    could_be = "of the reference's responses could be"
+    if high < LEAST_NATS:
         return "hardly at all"
+    if least is None:
+        return f"farther than the best of a million {could_be}"
+    if low < LEAST_NATS:
+        return (
+            "an interval too wide to say how far"
+            if most is None
+            else f"at most as far as the best of {most} {could_be}"
+        )
+    if most is None:
+        return f"as far as the best of {least} {could_be} or farther"
+    return f"as far as the best of {least if least == most else f'{least} to {most}'} {could_be}"
+
+
+def best_of(kl: float) -> str | None:
+    """The first n whose best of n could be so far; None beyond MOST_N.
+
+    >>> best_of(1.2), best_of(26.0)
+    ('8', None)
+    """
     if kl > best_of_n_kl_bound(MOST_N):
-        return "farther than the best of a million of the reference's responses could be"
+        return None
     low, high = 1, MOST_N
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if best_of_n_kl_bound(middle) >= kl else (middle + 1, high)
-    return f"as far as the best of {round_count(low)} of the reference's responses could be"
+    return round_count(low)
 
 
 def estimate_of(row: Record, key: str) -> Estimate | None:
