@@ -53,6 +53,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "attacked": [attacked, attacked | {"index": 1, "prompt": [{"role": ATTACK, "content": ATTACK}]}],
         "writings": writings,
         "long": [long],
+        "strong": [
+            a_token_map(["a", "b", "c", "d", "e"], [0.5, 9.0, 2.0, 2.5, 0.003], index=0),
+            a_token_map(["a", "b", "c"], [0.1, 0.0, 1.9], index=1),
+            a_token_map(["a", "b"], [0.0, 0.0], index=2),
+            a_token_map(["a", "b"], [0.3, 0.0], index=3),
+        ],
     }
     with pytest.MonkeyPatch.context() as patch:  # the plots are tested elsewhere, and take a second of each page
         patch.setattr(page, "get_plotlyjs", lambda: "const Plotly = { react() {} };")
@@ -161,7 +167,7 @@ def test_the_cards_buttons_walk_from_token_to_token(opened: Callable[..., Any]) 
     tab.get_by_role("button", name="Next token").click()
     assert focused(tab)[:2] == ["response-28", "Soak"]
     tab.get_by_role("button", name="Next strongest").click()
-    assert focused(tab)[:2] == ["response-28", "it"], "of tokens of the same KL the first comes first"
+    assert focused(tab)[:2] == ["response-28", "little"], "from a weak token to the strongest of its response"
 
 
 def test_the_card_says_so_where_the_likeliest_tokens_were_not_kept(
@@ -188,8 +194,8 @@ def test_on_a_phone_a_tap_opens_a_sheet_that_does_not_cover_the_token(opened: Ca
         assert box["y"] + box["height"] <= sheet["y"]
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
     tab.get_by_role("button", name="Next strongest").tap()
-    assert focused(tab)[:2] == ["response-27", "<eos>"]
-    box = token(tab, 27, 4).bounding_box()
+    assert focused(tab)[:2] == ["response-26", "little"]
+    box = token(tab, 26, DEEP).bounding_box()
     assert 0 <= box["y"] < tab.locator("#token-card").bounding_box()["y"]
     tab.get_by_role("button", name="Close").tap()
     assert tab.locator("#token-card").is_hidden()
@@ -230,21 +236,29 @@ def test_the_keyboard_walks_the_tokens(opened: Callable[..., Any]) -> None:
     assert tab.evaluate("document.activeElement.getAttribute('aria-label')") == "Link to response 29"
 
 
-def test_n_and_p_jump_by_strength_through_the_responses(opened: Callable[..., Any]) -> None:
-    tab = opened("plain")
-    token(tab, 27, 0).focus()
+def jumps(tab: Any, keys: str) -> list[tuple[str, str]]:
+    """Where each key leads: the response and the text of the token."""
     walked = []
-    for key in "nnnppp":
+    for key in keys:
         tab.keyboard.press(key)
-        walked.append(tuple(focused(tab)[:2]))
-    assert walked == [
-        *[("response-27", "it"), ("response-27", ","), ("response-26", "little")],
-        *[("response-27", ","), ("response-27", "it"), ("response-27", "Soak")],
-    ]
-    tab.keyboard.press("p")
-    assert focused(tab)[:2] == ["response-27", "<eos>"]
-    tab.keyboard.press("p")
-    assert focused(tab)[:2] == ["response-27", "little"]
+        walked.append((focused(tab)[0].removeprefix("response-"), focused(tab)[1]))
+    return walked
+
+
+def test_n_and_p_walk_the_strong_tokens_of_each_response_from_the_strongest_down(opened: Callable[..., Any]) -> None:
+    tab = opened("strong")
+    token(tab, 0, 4).click()
+    assert jumps(tab, "nnn") == [("0", "b"), ("0", "d"), ("0", "c")], "of the same KL the first comes first"
+    assert jumps(tab, "nn") == [("1", "c"), ("3", "a")], "the strongest where none is strong; none without a drift"
+    assert jumps(tab, "n") == [("3", "a")], "the last stays"
+    assert jumps(tab, "ppppp") == [("1", "c"), ("0", "c"), ("0", "d"), ("0", "b"), ("0", "b")]
+    token(tab, 0, 0).click()
+    assert jumps(tab, "p") == [("0", "b")]
+    tab.keyboard.press("Escape")
+    tab.get_by_role("button", name="Other").press("Enter")
+    token(tab, 0, 4).click()
+    assert jumps(tab, "n") == [("0", "a")], "a class that is not chosen is not walked"
+    assert "through the underlined ones, the strongest of a response first" in tab.locator(".map-keys").inner_text()
 
 
 def test_the_keyboard_reaches_responses_that_were_not_shown_yet(opened: Callable[..., Any]) -> None:
@@ -488,8 +502,6 @@ def test_a_long_response_is_folded_until_it_is_asked_for(opened: Callable[..., A
     assert tokens.bounding_box()["height"] > 600
     assert focused(tab)[1] == "word0"
     tab.keyboard.press("n")
-    tab.keyboard.press("p")
-    tab.keyboard.press("p")
     assert focused(tab)[1] == "word899"
     box = token(tab, 3, 899).bounding_box()
     assert 0 < box["y"] < 800
