@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from coverage import CASES, Case
 from exact import generator
 
+from kleash.doubts import doubt_of_skewed_sums
 from kleash.estimators import mean_with_interval, skewness
-from kleash.measured import doubt_of_skewed_sums
 
 ENDS = (0.0, 0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.5, 1.0, float("inf"))
 

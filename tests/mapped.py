@@ -101,6 +101,8 @@ def a_measurement(maps: Sequence[dict[str, Any]], *, written_by_policy: bool = T
         "interval_covers": "the responses",
         "kl_policy_ref_per_sequence_skewness": 0.5,
         "interval_doubt": None,
+        "sampler_doubt": None,
+        "writer_doubt": None,
         "by_position": [position_row(maps, place) for place in range(longest)],
         "by_class": {
             "first_token": {"tokens": count, KL: 1.0, "kl_policy_ref_per_token": 1.0},

@@ -807,3 +807,15 @@ def test_measure_never_writes_over_what_it_reads_nor_two_files_into_one(
         assert (ended.code, ended.out) == (2, "")
         assert ended.err == f"kleash: Expected another file for {both} for both; choose another place.\n"
         assert tree(tmp_path) == before
+
+
+@pytest.mark.filterwarnings("default::kleash.errors.KleashWarning")
+def test_measure_says_once_below_its_table_what_there_is_to_doubt(
+    kleash: Command, world: World, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kleash.measured.doubt_of_skewed_sums", lambda *given, **named: "Too short for 8 of them.")
+    words = ["measure", world["policy"], reference, "--prompts", world["prompts"]]
+    ended = kleash(*words, "--samples", 8, "--max-new-tokens", 4)
+    assert ended.code == 0
+    assert ended.out.count("Too short for 8 of them.") == 1
+    assert "Too short" not in ended.err

@@ -22,7 +22,7 @@ FLOORS = {
     **dict.fromkeys(["control", "best_of_n", "precision", "pieces"], 4),
     **dict.fromkeys(["seeds", "models", "interrupt", "fused", "generators"], 4),
     **dict.fromkeys(["linear_head", "reference", "prompts", "scorers", "rollout", "frontier", "alarms", "dealing"], 5),
-    **dict.fromkeys(["language_model", "verdict", "given_responses", "plan"], 6),
+    **dict.fromkeys(["language_model", "verdict", "given_responses", "plan", "doubts"], 6),
     **dict.fromkeys(["scoring", "ppo", "pair", "page"], 7),
     **dict.fromkeys(["targets", "drift", "config", "run_directory", "reading", "drift_tables", "shading"], 8),
     **dict.fromkeys(["checkpoint", "progress", "parts", "drift_map", "report", "measure_page"], 9),

@@ -94,10 +94,11 @@ def test_the_log_ratio_of_given_texts_is_called_no_estimate() -> None:
     assert "summed along the texts" in found["Drift, exact"]
 
 
-def test_a_doubtful_interval_is_said_to_be_one_beside_what_it_covers() -> None:
-    doubt = "Expected a skewness of at most 1.8, found 3 < 4."
-    assert "found 3 &lt; 4." in measure_page.page(a_measurement(some_maps(), interval_doubt=doubt), [])
-    assert "Expected a skewness" not in measure_page.page(a_measurement(some_maps(), interval_doubt=None), [])
+@pytest.mark.parametrize("name", ["interval_doubt", "sampler_doubt", "writer_doubt"])
+def test_what_there_is_to_doubt_is_said_beside_what_the_interval_covers(name: str) -> None:
+    page = measure_page.page(a_measurement(some_maps(), **{name: "Skewness 3 < 4."}), [])
+    assert "Skewness 3 &lt; 4." in page.split("How sure the number is")[1].split("plots")[0]
+    assert "Skewness" not in measure_page.page(a_measurement(some_maps()), [])
 
 
 # --- tables and plots ------------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ import torch
 from answers import some_answers
 from tiny import tiny_tokenizer
 
+from kleash import measured as measured_module
 from kleash.batch import Prompts
 from kleash.estimators import Interval, mean_with_interval, skewness
 from kleash.measured import (
     MeasuredDrift,
     by_prompt,
-    doubt_of_skewed_sums,
     k1_responses_for_same_interval,
     measured_drift,
 )
@@ -142,17 +142,8 @@ def test_the_skewness_is_that_of_the_exact_sums_about_what_the_interval_covers(p
     assert found(prompts).figures["kl_policy_ref_per_sequence_skewness"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_sums_too_skewed_for_their_number_are_said_with_how_many_it_takes():
-    assert doubt_of_skewed_sums(1.78, 32, sampled=True) is None
-    assert doubt_of_skewed_sums(5.0, 250, sampled=True) is None
-    assert doubt_of_skewed_sums(None, 32, sampled=True) is None
-    assert doubt_of_skewed_sums(3.0, 15, sampled=True) is None
-    assert doubt_of_skewed_sums(3.16, 32, sampled=True) == (
-        "Expected a skewness of at most 1.8 of the exact KL of 32 responses, found 3.2: at that, a 95 % interval holds "
-        "the truth less than 93 % of the time; take about 100 responses, by samples or a narrower until."
-    )
-    assert "take about 64 responses" in doubt_of_skewed_sums(1.8, 32, sampled=True)
-    assert doubt_of_skewed_sums(-3.2, 32, sampled=False).endswith("; give about 110.")
-    assert doubt_of_skewed_sums(12.4, 648, sampled=True).endswith(
-        "; take about 1600 responses, by samples or a narrower until."
-    )
+def test_the_writer_is_doubted_only_where_the_policy_is_said_to_have_written_what_was_given(monkeypatch):
+    monkeypatch.setattr(measured_module, "doubt_of_the_writer", lambda exact, k1, strata: "not its own")
+    asked = {(own, sampled): found(written_by_policy=own, sampled=sampled) for own in (0, 1) for sampled in (0, 1)}
+    said = {key: one.figures["writer_doubt"] for key, one in asked.items()}
+    assert said == {(0, 0): None, (0, 1): None, (1, 0): "not its own", (1, 1): None}

@@ -52,6 +52,14 @@ def test_it_says_how_many_responses_k1_would_take(measured):
     assert "The intervals cover chance in the responses and the choice of prompts." in said(few)
 
 
+def test_what_there_is_to_doubt_stands_right_below_the_table(measured):
+    doubts = {"interval_doubt": "Too short.", "writer_doubt": "Not its own."}
+    lines = said(replace(measured, figures={**measured.figures, **doubts})).splitlines()
+    assert lines[4].startswith("exact, per token")
+    assert lines[5:8] == ["", "Too short.", "Not its own."]
+    assert lines[8].startswith("The intervals cover")
+
+
 def test_entropies_length_and_how_many_ended_are_named(measured):
     text = " ".join(said(measured).split())
     policy, ref = measured.policy_entropy_per_token.mean, measured.ref_entropy_per_token.mean

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from kleash.errors import ConfigError, InputError, KleashError, KleashWarning
+from kleash.errors import ConfigError, DoubtWarning, InputError, KleashError, KleashWarning
 from kleash.version import VERSION
 
 USAGE = f"""\
@@ -349,6 +349,7 @@ def _measure(words: list[str]) -> int:
     _require_files_of_their_own(asked)
     for file in filter(None, (asked.out, asked.json)):
         require_place_for(file)
+    warnings.simplefilter("ignore", DoubtWarning)  # the readout has the sentence, below its table
     measured = measure(
         asked.policy,
         asked.reference,

@@ -75,6 +75,10 @@ class KleashWarning(UserWarning):
     """Something works in another way than one would expect; the run goes on."""
 
 
+class DoubtWarning(KleashWarning):
+    """The figures of a measurement say less than they seem to; they hold the same sentence."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for a message of one sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 from kleash.alarms import KL, figure_of
 from kleash.best_of_n import best_of_n_kl_bound
+from kleash.doubts import doubts_of
 from kleash.drift_tables import bar_width_for, drift_rows, objects
 from kleash.page import prompt_text, rendered, require_file_name, short, shown, write_page
 from kleash.shading import MOST_TEXT, MapSet, cut, shaded
@@ -55,7 +56,7 @@ def page(measured: Record, token_maps: Sequence[Record]) -> str:
         "settings": settings(measured),
         "alone": measured["responses_count"] == 1,
         "covers": str(measured["interval_covers"]),
-        "doubt": measured.get("interval_doubt"),
+        "doubts": doubts_of(measured),
         "bar_width": width,
         "maps": bool(maps),
     }

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 
 from kleash.batch import Prompts
+from kleash.doubts import doubt_of_skewed_sums, doubt_of_the_sampler, doubt_of_the_writer
 from kleash.drift_map import rounded
 from kleash.estimators import Interval, mean_with_interval, skewness
 from kleash.tally import K1, LOG_RATIO, Tally, as_json
-
-MOST_SKEWED = 0.1  # skewness squared over the number of responses, beyond which less than 93 % hold the truth
-FEWEST = 16  # responses that say enough of their own skewness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +69,8 @@ def measured_drift(
     written = bool(settings["written_by_policy"])
     named = {LOG_RATIO: K1} if written else {}
     exact, k1 = intervals["kl_policy_ref_per_sequence"], intervals[LOG_RATIO]
-    skewed = skewness(tally.column("kl_policy_ref"), strata=strata)
+    sums, ratios = tally.column("kl_policy_ref"), tally.column("kl_policy_ref_k1")
+    skewed, mismatch = skewness(sums, strata=strata), tally.mismatch() if sampled else dict.fromkeys(tally.mismatch())
     figures = {
         **settings,
         "prompts_count": len(torch.unique(tally.column("prompt"))),
@@ -81,8 +80,10 @@ def measured_drift(
         "interval_covers": "the responses and the choice of prompts" if strata is None else "the responses",
         "kl_policy_ref_per_sequence_skewness": None if skewed is None else rounded(skewed),
         "interval_doubt": doubt_of_skewed_sums(skewed, exact.n, sampled=sampled),
+        "sampler_doubt": doubt_of_the_sampler(mismatch["kl_rollout_policy_per_token_k3"]),
+        "writer_doubt": doubt_of_the_writer(sums, ratios, strata=strata) if written and not sampled else None,
         "finished_share": rounded(float(tally.column("finished").mean())),
-        **{name: value if sampled else None for name, value in tally.mismatch().items()},
+        **mismatch,
         "by_position": tally.positions(),
         "by_class": tally.classes(),
         "by_prompt": by_prompt(tally, prompts, log_ratio=named.get(LOG_RATIO, LOG_RATIO)),
@@ -104,28 +105,6 @@ def k1_responses_for_same_interval(exact: Interval, k1: Interval) -> float | Non
     if not (0 < width < math.inf):
         return None
     return rounded(k1.n * ((k1.high - k1.low) / width) ** 2)
-
-
-def doubt_of_skewed_sums(skewed: float | None, responses: int, *, sampled: bool) -> str | None:
-    """What is to be said of the interval where the exact sums are too skewed for their number; else None.
-
-    Args:
-      skewed: their skewness; None where it is not known.
-      responses: how many.
-      sampled: whether more of them can be had for the asking.
-
-    >>> doubt_of_skewed_sums(1.4, 32, sampled=True)
-    """
-    if skewed is None or responses < FEWEST or skewed**2 <= MOST_SKEWED * responses:
-        return None
-    needed = max(skewed**2 / MOST_SKEWED, 2 * responses)  # few responses rather understate it
-    unit = 10 ** (len(f"{needed:.0f}") - 2)
-    needed = math.ceil(needed / unit) * unit
-    return (
-        f"Expected a skewness of at most {math.sqrt(MOST_SKEWED * responses):.1f} of the exact KL of {responses} "
-        f"responses, found {abs(skewed):.1f}: at that, a 95 % interval holds the truth less than 93 % of the time; "
-        + (f"take about {needed} responses, by samples or a narrower until." if sampled else f"give about {needed}.")
-    )
 
 
 def by_prompt(tally: Tally, prompts: Prompts, *, log_ratio: str) -> list[dict[str, Any]]:

@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
-from kleash.alarms import SamplerMismatch
 from kleash.batch import Prompts
-from kleash.errors import ConfigError, KleashWarning
+from kleash.doubts import doubts_of
+from kleash.errors import ConfigError, DoubtWarning
 from kleash.given_responses import load_responses, tokenized_responses
 from kleash.measured import MeasuredDrift, measured_drift
 from kleash.measuring import Measuring, given_batches, sampled_batches
@@ -91,7 +91,8 @@ def measure(
 
     Warns:
       KleashWarning: the exact KL of the responses is too skewed for their number, so that the interval is too short; or
-        sampler and scorer are far apart, as in a narrow dtype.
+        sampler and scorer are far apart, as in a narrow dtype; or the policy did not write what it is said to have
+        written. The figures hold the sentence too.
 
     Raises:
       InputError: something given cannot be used; found before the first response.
@@ -147,21 +148,9 @@ def measure(
         token_maps=state.maps,
         narrow_enough=narrow_enough,
     )
-    for doubt in (found.figures["interval_doubt"], _doubt_of_the_sampler(found.figures)):
-        if doubt is not None:
-            warnings.warn(doubt, KleashWarning, stacklevel=2)
+    for doubt in doubts_of(found.figures):
+        warnings.warn(doubt, DoubtWarning, stacklevel=2)
     return found
-
-
-def _doubt_of_the_sampler(figures: dict[str, Any]) -> str | None:
-    """What to say where sampler and scorer are farther apart than the alarm of a run lets them be; else None."""
-    tolerated, mismatch = SamplerMismatch().threshold, figures["kl_rollout_policy_per_token_k3"]
-    if mismatch is None or mismatch <= tolerated:
-        return None
-    return (
-        f"Expected sampler and scorer at most {tolerated:g} nats per token apart, found {mismatch:.2g}: the responses "
-        "are not quite the policy's, nor is their drift; measure in float32."
-    )
 
 
 def _plan(config: MeasureConfig, precision: Precision | None, *, prompts: int, given: bool) -> Plan:

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kleash.doubts import doubts_of
 from kleash.drift_tables import positions_of_half
 from kleash.estimators import Interval
 from kleash.measured import MeasuredDrift
@@ -20,7 +21,8 @@ WIDEST_PROMPT = 48  # with the other columns of its table it fills 80
 def readout(measured: MeasuredDrift) -> RenderableType:
     """The drift with its interval, and where it lies."""
     figures = measured.figures
-    parts: list[RenderableType] = [_estimates(measured), "", *_sentences(measured)]
+    doubts = [Text(doubt, style="bold") for doubt in doubts_of(figures)]
+    parts: list[RenderableType] = [_estimates(measured), "", *doubts, *_sentences(measured)]
     if any(entry["kl_policy_ref_per_sequence"] for entry in figures["by_position"]):
         parts += ["", _drifted_tokens(figures), "", _classes(figures), "", _prompts(figures)]
     return Group(*parts)
