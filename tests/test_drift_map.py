@@ -166,14 +166,15 @@ def test_equal_kls_are_listed_in_the_order_of_the_prompts():
     assert [(token["sequence"], token["position"]) for token in found] == first[:LISTED]
 
 
-def test_a_ratio_that_overflows_is_missing_and_the_line_stays_json():
+@pytest.mark.parametrize(("ref", "ratio"), [(-2000.0, 1e300), (2000.0, 1e-300), (-math.inf, None)])
+def test_a_ratio_that_would_overflow_is_held_and_the_line_stays_json(ref, ratio):
     figures = some_figures()
-    far = replace(figures, ref_logprobs=torch.where(figures.response_mask, -2000.0, 0.0))
-    found = mapped(far)
-    for token in found["top_tokens"]:
-        assert token["ratio"] is None
-        assert token["ref_prob"] == 0
-    assert all(token["mean_ratio"] is None for token in found["drifted_tokens"])
+    found = mapped(replace(figures, ref_logprobs=torch.where(figures.response_mask, ref, 0.0)))
+    assert found["top_tokens"]
+    assert found["drifted_tokens"]
+    assert {token["ratio"] for token in found["top_tokens"]} == {ratio}
+    assert {token["mean_ratio"] for token in found["drifted_tokens"]} == {ratio}
+    assert all(token["ref_prob"] == 0 for token in found["top_tokens"] if ref < 0)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 

@@ -90,6 +90,8 @@ def test_a_token_says_how_much_likelier_it_is_than_under_the_reference(measured)
             {"token": "sorry", "mean_ratio": 0.2},
             {"token": "ok", "mean_ratio": 1.01},
             {"token": "\n", "mean_ratio": None},
+            {"token": "sharp", "mean_ratio": 1e300},
+            {"token": "blunt", "mean_ratio": 1e-300},
         )
     )
     certainly = " ".join(row(text, "\u2423certainly").split())
@@ -97,6 +99,8 @@ def test_a_token_says_how_much_likelier_it_is_than_under_the_reference(measured)
     assert row(text, "sorry").endswith("5.0\u00d7 less likely than the reference")
     assert row(text, "ok").endswith("about as likely")
     assert row(text, "\u21b5").endswith("-")
+    assert row(text, "sharp").endswith(" > 10\u2079\u00d7 more likely than the reference")
+    assert row(text, "blunt").endswith(" > 10\u2079\u00d7 less likely than the reference")
 
 
 def test_classes_with_tokens_have_a_line_and_their_shares_add_up(measured):

@@ -53,6 +53,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "attacked": [attacked, attacked | {"index": 1, "prompt": [{"role": ATTACK, "content": ATTACK}]}],
         "writings": writings,
         "long": [long],
+        "sharp": [a_token_map(["a", "b", "c"], [1000.0, 25.0, 15.0])],
         "strong": [
             a_token_map(["a", "b", "c", "d", "e"], [0.5, 9.0, 2.0, 2.5, 0.003], index=0),
             a_token_map(["a", "b", "c"], [0.1, 0.0, 1.9], index=1),
@@ -459,6 +460,20 @@ def test_an_infinite_kl_is_called_so(opened: Callable[..., Any]) -> None:
     tab = opened("shades")
     token(tab, 0, 11).hover()
     assert "\u221e nats of KL" in card(tab)
+
+
+def test_a_chance_too_small_to_be_told_is_below_one_in_a_milliard(opened: Callable[..., Any]) -> None:
+    tab = opened("sharp")
+    for place, (more, chance) in enumerate(
+        [
+            ("> 10\u2079\u00d7 more", "< 1 in 10\u2079"),
+            ("> 10\u2079\u00d7 more", "< 1 in 10\u2079"),
+            ("3,300,000\u00d7 more", "1 in 6,600,000"),
+        ]
+    ):
+        token(tab, 0, place).hover()
+        assert more in card(tab)
+        assert re.search(rf"Reference\s+{chance}\s", card(tab)), card(tab)
 
 
 def test_every_writing_survives_and_what_cannot_be_seen_is_marked(opened: Callable[..., Any]) -> None:

@@ -18,6 +18,7 @@ from kleash.drift import CONTEXT, TokenFigures
 from kleash.token_class import TOKEN_CLASSES
 
 LISTED = 10  # tokens in each of the two lists
+LARGEST_RATIO = 1e300  # of two probabilities, so that a sharp model's do not overflow
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -101,7 +102,7 @@ def _top_token(tokens: TokenFigures, row: int, position: int, tokenizer: PreTrai
         "kl_policy_ref": rounded(float(tokens.kl_policy_ref[row, position])),
         "policy_prob": rounded(_exp(policy)),
         "ref_prob": rounded(_exp(ref)),
-        "ratio": rounded(_exp(policy - ref)),
+        "ratio": rounded(_ratio(policy - ref)),
         "context": tokenizer.decode(_before(tokens, row, position)),
     }
 
@@ -154,7 +155,7 @@ def drifted_tokens(sums: TypeSums, sequences: int, tokenizer: PreTrainedTokenize
             "token_id": int(sums.ids[i]),
             "count": int(sums.counts[i]),
             "kl_policy_ref_per_sequence": rounded(float(sums.kl[i]) / sequences),
-            "mean_ratio": rounded(_exp(float(sums.log_ratio[i] / sums.counts[i]))),
+            "mean_ratio": rounded(_ratio(float(sums.log_ratio[i] / sums.counts[i]))),
         }
         for i in _largest(sums.kl)
     ]
@@ -169,6 +170,12 @@ def _largest(kl: Tensor) -> list[int]:
 def _exp(value: float) -> float:
     """exp in float64, infinite where it overflows."""
     return float(torch.tensor(value, dtype=torch.float64).exp())
+
+
+def _ratio(log_ratio: float) -> float:
+    """exp, held between 1 / LARGEST_RATIO and LARGEST_RATIO where the logarithm is finite."""
+    most = math.log(LARGEST_RATIO)
+    return math.exp(max(-most, min(most, log_ratio))) if math.isfinite(log_ratio) else _exp(log_ratio)
 
 
 def rounded(value: float) -> float | None:

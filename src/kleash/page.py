@@ -45,13 +45,15 @@ def likelihood(ratio: float | None) -> str:
 
     >>> [likelihood(ratio).replace("\u00d7", "x") for ratio in (5.0, 0.147, 1.04, 1.06, 123.4)]
     ['5.0x more likely', '6.8x less likely', 'about as likely', '1.1x more likely', '120x more likely']
+    >>> likelihood(3e40) == likelihood(1e300) == "> 10\u2079\u00d7 more likely"
+    True
     """
     if ratio is None or ratio <= 0:
         return "-"
     factor = max(ratio, 1 / ratio)
     if factor < 1.05:
         return "about as likely"
-    size = f"{factor:.1f}" if factor < 10 else f"{float(f'{factor:.2g}'):,.0f}" if factor < 1e9 else f"{factor:.0e}"
+    size = f"{factor:.1f}" if factor < 10 else f"{float(f'{factor:.2g}'):,.0f}" if factor < 1e9 else "> 10\u2079"
     return f"{size}\u00d7 {'more' if ratio > 1 else 'less'} likely"
 
 
