@@ -81,6 +81,9 @@ def test_the_tiles_have_each_figure_with_its_interval_and_what_it_is() -> None:
         "4.4 +- 1.6",
         "the one-token estimate; needs 3,400 responses, not 20, for the exact one's interval",
     )
+    for need, said in ((20.4, "needs about as many responses for"), (12.0, "needs only 12 responses, not 20, for")):
+        measured = a_measurement(some_maps(), k1_responses_for_same_interval=need)
+        assert tiles(measured)[1][2] == f"the one-token estimate; {said} the exact one's interval"
     assert found["Drift per token"][0] == "1.292 +- 0.020"
     assert found["Entropy"][0] == "0.50 +- 0.10"
     assert plain(found["Entropy"][1]) == "nats per token; the reference there 1.50 +- 0.10"

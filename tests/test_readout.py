@@ -43,10 +43,17 @@ def test_the_estimates_stand_beside_each_other_with_their_intervals(measured):
 
 
 def test_it_says_how_many_responses_k1_would_take(measured):
-    needed = measured.figures["k1_responses_for_same_interval"]
-    assert f"k1 would take {needed:,.0f} responses to be as sure" in said(measured)
-    factor = needed / 40
-    assert (f"{factor:.0f} times as many" if factor >= 10 else f"{factor:.1f} times as many") in said(measured)
+    own = measured.figures["k1_responses_for_same_interval"]
+    assert own > 1.05 * 40
+    for needed, words in (
+        (own, f"{float(f'{own:.2g}'):,.0f} responses to be as sure, {own / 40:.1f} times as many."),
+        (1400.0, "1,400 responses to be as sure, 35 times as many."),
+        (70_398_750.0, "70,000,000 responses to be as sure, 1,800,000 times as many."),
+        (40.5, "about as many responses to be as sure."),
+        (24.2, "only 25 responses to be as sure."),
+    ):
+        found = replace(measured, figures={**measured.figures, "k1_responses_for_same_interval": needed})
+        assert f"k1 would take {words}" in " ".join(said(found).split())
     assert "The intervals cover chance in the responses." in said(measured)
     few = tiny_measure(config={"samples": 8})
     assert "The intervals cover chance in the responses and the choice of prompts." in said(few)

@@ -20,6 +20,7 @@ from kleash.verdict import Estimate, Record, interval, number
 MOST_PROMPTS = 500  # rows of the table
 PROMPTS_SHOWN = 8  # of them before the fold
 MOST_N = 10**6  # best of n is said up to here
+ABOUT_AS_MANY = (0.95, 1.05)  # between these, k1 takes about as many responses as were measured
 LEAST_NATS = 0.02  # below, best of n is best of 1
 
 
@@ -152,9 +153,7 @@ def tiles(measured: Record) -> list[tuple[str, str, str]]:
     key, name, note = OTHER[bool(measured["written_by_policy"])]
     need, count = figure_of(measured, "k1_responses_for_same_interval"), measured["responses_count"]
     if need is not None and measured["written_by_policy"]:
-        note = (
-            f"the one-token estimate; needs {round_count(need)} responses, not {count:,}, for the exact one's interval"
-        )
+        note = f"the one-token estimate; {k1_needs(need, count)} for the exact one's interval"
     own, other = estimate_of(measured, "policy_entropy_per_token"), estimate_of(measured, "ref_entropy_per_token")
     finished = figure_of(measured, "finished_share")
     ends = f"tokens; {finished:.0%} end by themselves" if finished is not None else "tokens"
@@ -168,6 +167,16 @@ def tiles(measured: Record) -> list[tuple[str, str, str]]:
         ("Entropy", interval(own), f"nats per token; the reference there {interval(other)}"),
         ("Response length", interval(estimate_of(measured, "response_length")), ends),
     ]
+
+
+def k1_needs(need: float, count: int) -> str:
+    """
+    >>> k1_needs(3417.2, 20), k1_needs(65.0, 64), k1_needs(40.0, 64)
+    ('needs 3,400 responses, not 20,', 'needs about as many responses', 'needs only 40 responses, not 64,')
+    """
+    if ABOUT_AS_MANY[0] <= need / count <= ABOUT_AS_MANY[1]:
+        return "needs about as many responses"
+    return f"needs {'only ' if need < count else ''}{round_count(need)} responses, not {count:,},"
 
 
 def round_count(count: float) -> str:

@@ -9,6 +9,7 @@ from rich.text import Text
 from kleash.doubts import doubts_of
 from kleash.drift_tables import positions_of_half
 from kleash.estimators import Interval
+from kleash.measure_page import ABOUT_AS_MANY, round_count
 from kleash.measured import MeasuredDrift
 from kleash.page import likelihood, visible
 from kleash.tally import KL
@@ -74,13 +75,24 @@ def _about_the_estimate(measured: MeasuredDrift) -> list[str]:
     said = [f"The intervals cover chance in {figures['interval_covers']}."]
     needed = figures["k1_responses_for_same_interval"]
     if needed is not None:
-        times = needed / figures["responses_count"]
-        said[0] += f" k1 would take {needed:,.0f} responses to be as sure, {_times(times)} as many."
+        said[0] += f" k1 would take {_as_many(needed, figures['responses_count'])}."
     return said
 
 
-def _times(factor: float) -> str:
-    return f"{factor:.0f} times" if factor >= 10 else f"{factor:.1f} times"
+def _as_many(needed: float, responses: int) -> str:
+    """
+    >>> _as_many(15600.0, 512), _as_many(28159500.0, 16)
+    ('16,000 responses to be as sure, 30 times as many', '28,000,000 responses to be as sure, 1,800,000 times as many')
+    >>> _as_many(64.2, 64), _as_many(40.0, 64)
+    ('about as many responses to be as sure', 'only 40 responses to be as sure')
+    """
+    factor = needed / responses
+    if ABOUT_AS_MANY[0] <= factor <= ABOUT_AS_MANY[1]:
+        return "about as many responses to be as sure"
+    if factor < 1:
+        return f"only {round_count(needed)} responses to be as sure"
+    times = f"{factor:.1f}" if factor < 10 else f"{factor:.0f}" if factor < 100 else round_count(factor)
+    return f"{round_count(needed)} responses to be as sure, {times} times as many"
 
 
 def _half_of_the_drift(kl: list[float]) -> str:
