@@ -58,8 +58,9 @@ def test_a_drift_is_beside_a_best_of_n_only_as_surely_as_its_interval_is_narrow(
     assert "million" not in verdict_text(wide)
 
 
-def test_the_verdict_on_given_responses_claims_no_drift_of_the_policy() -> None:
-    said = plain(verdict_text(a_measurement(some_maps(), written_by_policy=False)))
+@pytest.mark.parametrize("changes", [{"written_by_policy": False}, {"writer_doubt": "Not its own."}])
+def test_the_verdict_on_given_responses_claims_no_drift_of_the_policy(changes: dict[str, Any]) -> None:
+    said = plain(verdict_text(a_measurement(some_maps(), **changes)))
     assert said == (
         "Along the given responses the policy parts from the reference by 3.88 +- 0.40 nats each, "
         "1.292 +- 0.020 nats per token."

@@ -146,6 +146,8 @@ def test_of_responses_that_somebody_else_wrote_it_says_that_nothing_estimates_th
 def test_one_response_has_no_known_interval():
     text = said(tiny_measure(config={"samples": 1}))
     assert "not known from one" in row(text, "exact, per response")
+    assert "One response has no interval" in text
+    assert "intervals cover" not in text
     assert "inf" not in text
     assert "nan" not in text
 

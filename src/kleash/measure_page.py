@@ -82,7 +82,7 @@ def verdict_text(measured: Record) -> str:
     drift, per_token = estimate_of(measured, KL), estimate_of(measured, "kl_policy_ref_per_token")
     if drift is None:
         return "The drift is not finite: the policy may write what the reference holds impossible."
-    if not measured["written_by_policy"]:
+    if not measured["written_by_policy"] or measured.get("writer_doubt"):
         return (
             f"Along the given responses the policy parts from the reference by {interval(drift)} nats each, "
             f"{interval(per_token)} nats per token."

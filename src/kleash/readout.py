@@ -72,6 +72,8 @@ def _about_the_estimate(measured: MeasuredDrift) -> list[str]:
             "compares the two models' next-token distributions along these texts. If the policy sampled them, say "
             "--written-by-policy."
         ]
+    if figures["responses_count"] == 1:
+        return ["One response has no interval: what it says of the drift may be chance."]
     said = [f"The intervals cover chance in {figures['interval_covers']}."]
     needed = figures["k1_responses_for_same_interval"]
     if needed is not None:
