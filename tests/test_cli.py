@@ -697,11 +697,20 @@ def test_measure_that_does_not_get_so_narrow_ends_with_1_and_says_what_it_found(
     ended = kleash(*words, "--until", until, "--at-most", 30, "--json", tmp_path / "figures.json")
     assert ended.code == 1
     assert ended.out.startswith("KL(policy || reference), nats")
-    assert ended.err.endswith(
-        f"kleash: Expected an interval of {until}, found a wider one after 24 responses; raise --at-most, or ask for "
-        "less.\n"
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    kl = figures["kl_policy_ref_per_sequence"]
+    share = until.endswith("%")
+    allowed = kl["mean"] * float(until[:-1]) / 100 if share else float(until.removeprefix("+-"))
+    needed = 24 * ((kl["high"] - kl["low"]) / 2 / allowed) ** 2
+    said = re.fullmatch(
+        rf".*kleash: Expected an interval of {re.escape(until)}, found a wider one after 24 responses; "
+        r"raise --at-most to about ([\d,]+), or ask for less.\n",
+        ended.err,
+        flags=re.DOTALL,
     )
-    assert json.loads((tmp_path / "figures.json").read_text())["until_reached"] is False
+    assert said, ended.err
+    assert float(said[1].replace(",", "")) == pytest.approx(needed, rel=0.06)
+    assert figures["until_reached"] is False
 
 
 def test_measure_that_gets_so_narrow_ends_with_0(kleash: Command, world: World, reference: Path) -> None:

@@ -342,7 +342,8 @@ def _measure(words: list[str]) -> int:
     asked = _measure_arguments(words, MeasureConfig)
     from rich.console import Console
 
-    from kleash.measure_page import write_measure_page
+    from kleash.measure_page import round_count, write_measure_page
+    from kleash.precision import precision_from
     from kleash.readout import readout
     from kleash.run_directory import require_place_for
 
@@ -369,9 +370,11 @@ def _measure(words: list[str]) -> int:
         if file is not None:
             print(f"\n{name:<7}  {file}")
     if not measured.narrow_enough:
+        needed = precision_from(asked.config.until).responses_needed(measured.kl_policy_ref_per_sequence)
         print(
             f"kleash: Expected an interval of {asked.config.until}, found a wider one after "
-            f"{measured.figures['responses_count']} responses; raise --at-most, or ask for less.",
+            f"{measured.figures['responses_count']:,} responses; raise --at-most to about {round_count(needed)}, or ask "
+            "for less.",
             file=sys.stderr,
         )
     return 0 if measured.narrow_enough else 1
