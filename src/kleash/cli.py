@@ -373,8 +373,8 @@ def _measure(words: list[str]) -> int:
         needed = precision_from(asked.config.until).responses_needed(measured.kl_policy_ref_per_sequence)
         print(
             f"kleash: Expected an interval of {asked.config.until}, found a wider one after "
-            f"{measured.figures['responses_count']:,} responses; raise --at-most to about {round_count(needed)}, or ask "
-            "for less.",
+            f"{measured.figures['responses_count']:,} responses; raise --at-most to about {round_count(needed)}, "
+            "or ask for less.",
             file=sys.stderr,
         )
     return 0 if measured.narrow_enough else 1
