@@ -22,6 +22,7 @@ from kleash.batch import Prompts, PromptText, Rollout
 from kleash.errors import RewardError, first_line
 from kleash.models import forward_arguments, frozen, tokenizer_beside, why_not
 from kleash.rewards import last_response_position
+from kleash.weights import require_finite, unloaded_weight
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -208,19 +209,20 @@ def load_reward_model(source: str) -> PreTrainedModel:
     """
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a model's own code may raise anything
         raise RewardError(
             f"Expected a reward model (one label), or module:function, at {source}, found {why_not(source, error)}"
         ) from error
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])[0]
+    unloaded = unloaded_weight(model, loading["missing_keys"], loading["mismatched_keys"])
+    if unloaded is not None:
         raise RewardError(
-            f"Expected a trained reward model at {source}, found a checkpoint without {missing}; "
-            "give one that was trained with a score head."
+            f"Expected a trained reward model at {source}, found {unloaded}; "
+            "give one that was trained with a score head, and saved whole."
         )
     require_one_label(model, source)
+    require_finite(model, f"reward model {source}", error=RewardError)
     return frozen(model)
 
 
