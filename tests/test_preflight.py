@@ -853,6 +853,24 @@ def test_what_does_not_load_is_a_line_of_the_table(
     failing(run_yaml(world, tmp_path, **changes), name, said, missing=CHECKS)
 
 
+def test_an_out_that_nothing_can_be_written_to_is_a_line_of_the_table(world: World, tmp_path: Path) -> None:
+    path = run_yaml(world, tmp_path)
+    code, found = check(path, "--out", f"{path}/run")
+    assert (code, statuses(found, "FAIL")) == (1, ["place to write"])
+    assert set(CHECKS) < set(found)
+    assert found["place to write"]["found"] == f"Expected to write to {path}/run, found that {path} takes none"
+    assert found["place to write"]["remedy"] == "choose another out"
+    code, found = check(path, "--out", str(path), "--policy", "/nowhere")
+    assert (code, statuses(found, "FAIL")) == (1, ["place to write", "models load"])
+
+
+def test_a_limit_beyond_the_context_is_a_line_with_what_would_fit(world: World, tmp_path: Path) -> None:
+    code, found = check(run_yaml(world, tmp_path), "--rollout.max_new_tokens", "5000")
+    said = found["everything loads"]
+    assert (code, said["found"]) == (1, "Expected max_new_tokens below the context of 64 tokens, found 5000")
+    assert said["remedy"] == "lower it: at most 60 fit after the longest prompt"
+
+
 def test_a_file_that_is_no_configuration_is_bad_usage(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
