@@ -40,10 +40,11 @@ def saved(kind: str, place: Path, name: str, change: object, **config: object) -
 
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("architecture", ATTENTION)
-def test_a_model_with_a_missing_weight_is_refused_by_its_name(tmp_path, kind, architecture):
+def test_a_model_with_a_missing_weight_is_refused_by_its_name(tmp_path, capfd, kind, architecture):
     name = ATTENTION[architecture]
     place = saved(kind, tmp_path, name, lambda _: None, architecture=architecture)
     assert f"found a checkpoint without {name}; give one that was" in refused(kind, place)
+    assert "LOAD REPORT" not in capfd.readouterr().err  # in a sentence, not beside a table
 
 
 @pytest.mark.parametrize("kind", LOADERS)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -156,14 +157,10 @@ def load_causal_model(
     base = base_of_adapter(source)
     expected = f"Expected a causal language model at {_place(source, base)} for the {role}"
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base or source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        model, unloaded = loaded_from(AutoModelForCausalLM, base or source, dtype)
     except Exception as error:  # a model's own code may raise anything
         raise ModelError(f"{expected}, found {why_not(base or source, error)}") from error
-    model: PreTrainedModel = loaded[0]
     _require_saved_as_a_language_model(model, source, role)
-    unloaded = unloaded_weight(model, loaded[1]["missing_keys"], loaded[1]["mismatched_keys"])
     if unloaded is not None:
         raise ModelError(f"{expected}, found {unloaded}; give one that was saved whole.")
     if base is not None:
@@ -192,6 +189,39 @@ def _adapted(model: PreTrainedModel, source: str | Path, role: str, *, learns: b
         raise ModelError(
             f"Expected an adapter at {source} for the {role}, found {found}; save or copy the adapter again."
         ) from error
+
+
+def loaded_from(kind: Any, source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, str | None]:
+    """A model as transformers loads it, and the first weight that it did not find, in words that follow "found".
+
+    Args:
+      kind: the class to load, or one of transformers' Auto classes.
+      source: path or hub name.
+      dtype: of the weights.
+    """
+    with _no_table_of_missing_weights():
+        model, loading = kind.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    return model, unloaded_weight(model, loading["missing_keys"], loading["mismatched_keys"])
+
+
+@contextmanager
+def _no_table_of_missing_weights() -> Iterator[None]:
+    """Keeps back transformers' table where it holds a weight that kleash refuses in a sentence."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        return "LOAD REPORT" not in said or not ("MISSING" in said or "MISMATCH" in said)
+
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
+    for logger in loggers:
+        logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_other)
 
 
 def _require_saved_as_a_language_model(model: PreTrainedModel, source: str | Path, role: str) -> None:

@@ -20,9 +20,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from kleash.batch import Prompts, PromptText, Rollout
 from kleash.errors import RewardError, first_line
-from kleash.models import forward_arguments, frozen, tokenizer_beside, why_not
+from kleash.models import forward_arguments, frozen, loaded_from, tokenizer_beside, why_not
 from kleash.rewards import last_response_position
-from kleash.weights import require_finite, unloaded_weight
+from kleash.weights import require_finite
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -208,14 +208,11 @@ def load_reward_model(source: str) -> PreTrainedModel:
       RewardError: nothing loadable there, several labels, or a head that the checkpoint does not hold.
     """
     try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        model, unloaded = loaded_from(AutoModelForSequenceClassification, source, torch.float32)
     except Exception as error:  # a model's own code may raise anything
         raise RewardError(
             f"Expected a reward model (one label), or module:function, at {source}, found {why_not(source, error)}"
         ) from error
-    unloaded = unloaded_weight(model, loading["missing_keys"], loading["mismatched_keys"])
     if unloaded is not None:
         raise RewardError(
             f"Expected a trained reward model at {source}, found {unloaded}; "
