@@ -415,7 +415,11 @@ BAD_INPUT: dict[str, tuple[Callable[[World, Path], dict[str, object]], list[str]
     "missing module": (lambda w, d: {"reward": "nowhere:score"}, [], "No module named 'nowhere'"),
     "missing function": (lambda w, d: {"reward": "test_cli:nothing"}, [], "has no attribute 'nothing'"),
     "no function": (lambda w, d: {"reward": "test_cli:NOT_A_FUNCTION"}, [], "Expected a function at .*, found int"),
-    "raising reward": (lambda w, d: {"reward": "test_cli:raising"}, [], "found LookupError: no such grade; the first"),
+    "raising reward": (
+        lambda w, d: {"reward": "test_cli:raising"},
+        [],
+        "found LookupError: no such grade, for a batch that begins with the prompt",
+    ),
     "raising judge": (lambda w, d: {"eval_reward": "test_cli:raising"}, [], "found LookupError: no such grade"),
     "wrong count": (lambda w, d: {"reward": "test_cli:one_too_few"}, [], "Expected 8 scores from .*, found 7"),
     "NaN reward": (lambda w, d: {"reward": "test_cli:not_finite"}, [], "found nan for the prompt '"),

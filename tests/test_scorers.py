@@ -176,7 +176,7 @@ def test_a_function_that_raises_is_named_with_its_error_and_a_prompt():
     def reward(prompts: list, completions: list) -> list[float]:
         return [1 / 0]
 
-    said = r"from mine:f, found ZeroDivisionError: .*, for prompts that begin with 'first question'; mend the reward"
+    said = r"from mine:f, found ZeroDivisionError: .*, for a batch that begins with the prompt 'first .*; mend"
     with pytest.raises(RewardError, match=said):
         scored_by(reward)
 

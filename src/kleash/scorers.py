@@ -91,7 +91,7 @@ class FunctionScorer:
                 raise RewardError(f"Expected {self.name} to take what it is given, found {odd}.") from error
             raise RewardError(
                 f"Expected scores from {self.name}, found {type(error).__name__}: {first_line(error).rstrip('.')}, for "
-                f"prompts that begin with {shortened(prompts.texts[0])}; mend the reward for such input."
+                f"a batch that begins with the prompt {shortened(prompts.texts[0])}; mend the reward for such input."
             ) from error
         try:
             listed = [scores[index] for index in range(len(scores))]
