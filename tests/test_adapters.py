@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -180,11 +181,18 @@ def test_an_adapter_and_its_base_go_by_their_hub_names(base: Path, adapter: Path
 
 def test_an_adapter_whose_base_is_gone_or_not_named_is_one_sentence(adapter: Path, tmp_path: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
-    for base, said in ((str(tmp_path / "gone"), "no such directory"), (None, "name the adapter's base model there")):
-        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
-        with pytest.raises(ModelError, match=said) as caught:
-            load_causal_model(tmp_path, "policy")
-        assert "\n" not in str(caught.value)
+    gone, file = str(tmp_path / "gone"), tmp_path / "adapter_config.json"
+    for base, said in (
+        (gone, f"base model at {gone}, as {file} says, found no such directory; correct base_model_name_or_path"),
+        ("./gone", f"base model at ./gone, as {file} says, found no such directory; correct base_model_name_or_path"),
+        ("runs/gone", f"at runs/gone (the base that adapter_config.json in {tmp_path} names)"),
+        (None, "name the adapter's base model there"),
+    ):
+        file.write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        for load in (lambda place: load_causal_model(place, "policy"), load_tokenizer):
+            with pytest.raises(ModelError, match=re.escape(said)) as caught:
+                load(tmp_path)
+            assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_s_config_that_is_no_json_is_one_sentence(tmp_path: Path) -> None:
@@ -195,9 +203,16 @@ def test_an_adapter_s_config_that_is_no_json_is_one_sentence(tmp_path: Path) -> 
 
 def test_an_adapter_without_its_weights_is_one_sentence(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
-    with pytest.raises(ModelError, match=r"Expected a causal language model at .* for the policy") as caught:
+    with pytest.raises(ModelError, match=r"the policy's adapter in .*, found no adapter_model\.safetensors; "):
         load_causal_model(tmp_path, "policy")
-    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_whose_weights_were_cut_short_is_one_sentence(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors damaged or cut short; save or copy the adapter"):
+        load_causal_model(tmp_path, "policy")
 
 
 def test_an_adapter_that_adds_tokens_brings_their_embeddings(base: Path, tmp_path: Path) -> None:

@@ -326,6 +326,19 @@ def test_report_of_a_sweep_is_the_page_of_the_sweep(kleash: Command, swept: Path
     assert (tmp_path / "page.html").read_bytes() == (swept / "report.html").read_bytes()
 
 
+def test_a_place_that_takes_no_json_is_found_before_anything_is_worked_out(
+    kleash: Command, world: World, tmp_path: Path
+) -> None:
+    path = write_run(world, tmp_path / "out", **SMALL)
+    for command in ("check", "sweep"):
+        before = tree(tmp_path)
+        ended = kleash(command, path, "--json", path / "new.json")
+        assert (ended.code, ended.out) == (2, "")
+        said = f"kleash: Expected to write to {path}/new.json, found that {path} takes none; choose another place.\n"
+        assert ended.err == said
+        assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -432,7 +445,11 @@ BAD_INPUT: dict[str, tuple[Callable[[World, Path], dict[str, object]], list[str]
     "missing module": (lambda w, d: {"reward": "nowhere:score"}, [], "No module named 'nowhere'"),
     "missing function": (lambda w, d: {"reward": "test_cli:nothing"}, [], "has no attribute 'nothing'"),
     "no function": (lambda w, d: {"reward": "test_cli:NOT_A_FUNCTION"}, [], "Expected a function at .*, found int"),
-    "raising reward": (lambda w, d: {"reward": "test_cli:raising"}, [], "found LookupError: no such grade; the first"),
+    "raising reward": (
+        lambda w, d: {"reward": "test_cli:raising"},
+        [],
+        "found LookupError: no such grade, for a batch that begins with the prompt",
+    ),
     "raising judge": (lambda w, d: {"eval_reward": "test_cli:raising"}, [], "found LookupError: no such grade"),
     "wrong count": (lambda w, d: {"reward": "test_cli:one_too_few"}, [], "Expected 8 scores from .*, found 7"),
     "NaN reward": (lambda w, d: {"reward": "test_cli:not_finite"}, [], "found nan for the prompt '"),
@@ -740,7 +757,8 @@ def test_measure_scores_given_responses(kleash: Command, world: World, reference
         (["--responses", "PROMPTS"], "Expected a column `response` or `completion` in"),
         (["--responses", "PROMPTS", "--prompts", "PROMPTS"], "Expected prompts to answer or responses to score, found"),
         ([], "found neither; give one of them"),
-        (["--prompts", "PROMPTS", "--max-new-tokens", "64"], "found 8 longer ones"),
+        (["--prompts", "PROMPTS", "--max-new-tokens", "61"], "found 4 longer ones"),
+        (["--prompts", "PROMPTS", "--max-new-tokens", "64"], "below the context of 64 tokens, found 64; lower it: at"),
         (["--prompts", "PROMPTS", "--pad-token", "bird"], "Expected pad_token in the vocabulary"),
     ],
 )

@@ -18,7 +18,7 @@ FLOORS = {
     **dict.fromkeys(
         ["divergence", "estimators", "logprobs", "rewards", "advantages", "losses", "leash", "kl_form", "glossary"], 3
     ),
-    **dict.fromkeys(["token_class", "repetition", "tail", "overoptimisation"], 3),
+    **dict.fromkeys(["token_class", "repetition", "tail", "overoptimisation", "weights"], 3),
     **dict.fromkeys(["control", "best_of_n", "precision", "pieces"], 4),
     **dict.fromkeys(["seeds", "models", "interrupt", "fused", "generators"], 4),
     **dict.fromkeys(["linear_head", "reference", "prompts", "scorers", "rollout", "frontier", "alarms", "dealing"], 5),

@@ -131,6 +131,14 @@ def raising(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     raise LookupError("no such grade")
 
 
+def nothing(prompts: Sequence[str], completions: Sequence[str]) -> None:
+    return None
+
+
+def graded(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    return words(prompts, completions)
+
+
 def noisy(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     """Draws from each of the three generators that a reward may draw from."""
     return [
@@ -537,6 +545,19 @@ def test_a_reward_model_without_a_tokenizer_is_taken_at_its_word_and_that_is_sai
     failing(run_yaml(world, tmp_path, reward=small), "vocabulary fits", "has 8 embeddings for 12 tokens", missing=rest)
 
 
+def test_which_models_share_the_ids_and_which_is_given_the_text_is_said(world: World, tmp_path: Path) -> None:
+    other = saved(
+        tiny_reward_model(**LIVELY), tiny_tokenizer(words=[*WORDS[:3], *reversed(WORDS[3:])]), tmp_path / "other"
+    )
+    _, found = check(run_yaml(world, tmp_path, eval_reward=other))
+    assert found["tokenizers match"]["found"] == (
+        "12 tokens, the same ids in policy, reference and reward model; "
+        "the judge model has a tokenizer of its own, and is given the text"
+    )
+    _, found = check(run_yaml(world, tmp_path, reward="test_preflight:words"))
+    assert found["tokenizers match"]["found"] == "12 tokens, the same ids in policy and reference"
+
+
 # --- the chat template ---
 
 
@@ -646,14 +667,21 @@ def test_a_closing_eos_in_the_last_place_called_unfinished_is_named(
 
 @pytest.mark.parametrize("role", ["reward", "judge"])
 @pytest.mark.parametrize(
-    ("reward", "said"), [("nan_for_one", "found nan for the prompt"), ("raising", "found LookupError: no such grade")]
+    ("reward", "said", "remedy"),
+    [
+        ("nan_for_one", "found nan for the prompt", "mend the reward for such a response"),
+        ("raising", "found LookupError: no such grade", "mend the reward for such input"),
+        ("nothing", "found NoneType", "return one number per completion"),
+        ("graded", "(they have prompt)", "add the column, or give the argument a default"),
+    ],
 )
-def test_a_broken_reward_is_named(world: World, tmp_path: Path, reward: str, said: str, role: str) -> None:
+def test_a_broken_reward_is_named(world: World, tmp_path: Path, reward: str, said: str, remedy: str, role: str) -> None:
     key = {"reward": "reward", "judge": "eval_reward"}[role]
     code, found = check(run_yaml(world, tmp_path, **{key: f"test_preflight:{reward}"}))
     assert code == 1
     assert statuses(found, "FAIL") == [f"{role} finite"]
     assert said in found[f"{role} finite"]["found"]
+    assert found[f"{role} finite"]["remedy"] == remedy
     assert not {f"{role} spread", f"{role} repeats", f"{role} alone"} & set(found)
 
 
@@ -761,13 +789,19 @@ def test_scores_too_large_to_learn_from_are_named(world: World, tmp_path: Path) 
     failing(path, "gradients arrive", "the loss is not finite (policy_loss")
 
 
-@pytest.mark.filterwarnings("default::kleash.errors.KleashWarning")  # NaN makes the way by full logits needed
 def test_weights_that_are_not_finite_are_named(world: World, tmp_path: Path) -> None:
     policy = tiny_policy(**LIVELY)
     policy.transformer.ln_f.bias.data[0] = math.nan
     path = run_yaml(world, tmp_path, policy=saved(policy, tiny_tokenizer(), tmp_path / "policy"))
+    failing(path, "models load", "found NaN or infinity in transformer.ln_f.bias", missing=CHECKS)
+
+
+@pytest.mark.filterwarnings("default::kleash.errors.KleashWarning")  # NaN makes the way by full logits needed
+def test_numbers_that_are_not_finite_are_named(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tampered(monkeypatch, lambda parts: parts.policy.transformer.ln_f.bias.data.fill_(math.nan))
     rest = CHECKS[CHECKS.index("dropout off") :]
-    failing(path, "numbers finite", "Expected finite logits to sample from, found nan", missing=rest)
+    said = "Expected finite logits to sample from, found nan"
+    failing(run_yaml(world, tmp_path), "numbers finite", said, missing=rest)
 
 
 @pytest.mark.filterwarnings("default::kleash.errors.KleashWarning")  # the head cannot be tried out either
@@ -851,6 +885,24 @@ def test_what_does_not_load_is_a_line_of_the_table(
     world: World, tmp_path: Path, changes: dict[str, object], name: str, said: str
 ) -> None:
     failing(run_yaml(world, tmp_path, **changes), name, said, missing=CHECKS)
+
+
+def test_an_out_that_nothing_can_be_written_to_is_a_line_of_the_table(world: World, tmp_path: Path) -> None:
+    path = run_yaml(world, tmp_path)
+    code, found = check(path, "--out", f"{path}/run")
+    assert (code, statuses(found, "FAIL")) == (1, ["place to write"])
+    assert set(CHECKS) < set(found)
+    assert found["place to write"]["found"] == f"Expected to write to {path}/run, found that {path} takes none"
+    assert found["place to write"]["remedy"] == "choose another out"
+    code, found = check(path, "--out", str(path), "--policy", "/nowhere")
+    assert (code, statuses(found, "FAIL")) == (1, ["place to write", "models load"])
+
+
+def test_a_limit_beyond_the_context_is_a_line_with_what_would_fit(world: World, tmp_path: Path) -> None:
+    code, found = check(run_yaml(world, tmp_path), "--rollout.max_new_tokens", "5000")
+    said = found["everything loads"]
+    assert (code, said["found"]) == (1, "Expected max_new_tokens below the context of 64 tokens, found 5000")
+    assert said["remedy"] == "lower it: at most 60 fit after the longest prompt"
 
 
 def test_a_file_that_is_no_configuration_is_bad_usage(

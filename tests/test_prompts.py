@@ -1,6 +1,7 @@
 """Prompts: every form they come in, what is wrong with the others, and the order that the seed fixes."""
 
 import json
+import re
 from collections import Counter
 
 import datasets
@@ -12,7 +13,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from kleash.batch import Prompts
-from kleash.errors import PromptError
+from kleash.errors import ConfigError, PromptError
 from kleash.given_responses import load_responses
 from kleash.prompts import (
     load_prompts,
@@ -266,6 +267,14 @@ def test_prompts_must_leave_room_for_the_response():
         PromptError, match=r"at most 3 tokens \(context 8 less max_new_tokens 5\), found 2 longer ones, .* row 3 with 4"
     ):
         require_room(prompts, max_new_tokens=5, context=8)
+    for context, tokens, remedy in (
+        (8, 10**6, "at most 4 fit after the longest prompt."),
+        (8, 8, "at most 4 fit after the longest prompt."),
+        (4, 4, "shorten or drop the prompts, too."),
+    ):
+        said = f"Expected max_new_tokens below the context of {context} tokens, found {tokens}; lower it: {remedy}"
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            require_room(prompts, max_new_tokens=tokens, context=context)
 
 
 def test_a_prompt_without_a_token_is_refused():

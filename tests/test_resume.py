@@ -223,7 +223,9 @@ def test_resuming_a_finished_run_changes_nothing_but_its_page(config: RunConfig,
 
 
 def test_a_reward_that_fails_at_one_update_keeps_the_updates_before_it(config: RunConfig, straight: Path) -> None:
-    with pytest.raises(RewardError, match=r"found ZeroDivisionError: division by zero; the first prompt .* was '"):
+    with pytest.raises(
+        RewardError, match=r"found ZeroDivisionError: division by zero, for a batch that begins with the prompt '"
+    ):
         go_on(config, at={3: lambda: 1 / 0}, resume=False)
     assert (lines(Path(config.out)), newest(Path(config.out))) == (2, "000002")
     go_on(config)

@@ -1,14 +1,17 @@
 """A run's files: written whole, read back whole, and never over those of another run."""
 
+import errno
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny import tree
 
 from kleash.errors import RunDirectoryError
-from kleash.run_directory import RunDirectory, remove_partial, write_atomically
+from kleash.run_directory import RunDirectory, remove_partial, require_place_for, write_atomically
 
 
 @pytest.fixture
@@ -100,3 +103,42 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     (tmp_path / ".hidden").write_text("mine")
     remove_partial(tmp_path)
     assert tree(tmp_path) == {".hidden": b"mine", "000001": None}
+
+
+def refusing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that takes neither files nor directories, whoever asks and whatever its permissions say."""
+    directory.mkdir()
+
+    def tried(make: Callable[..., object]) -> Callable[..., object]:
+        def refuse(path: object, *arguments: object, **more: object) -> object:
+            if Path(str(path)).parent == directory:
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))  # what /proc says
+            return make(path, *arguments, **more)
+
+        return refuse
+
+    for name in ("open", "mkdir"):
+        monkeypatch.setattr(os, name, tried(getattr(os, name)))
+    return directory
+
+
+@pytest.mark.parametrize("below", ["x.json", "new/x.json"])
+def test_a_place_that_takes_nothing_is_found_by_trying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    directory = refusing(tmp_path / "full", monkeypatch)
+    said = f"Expected to write to {directory / below}, found that {directory} takes none; choose another place."
+    with pytest.raises(RunDirectoryError, match=re.escape(said)):
+        require_place_for(directory / below)
+    said = f"Expected to write to {directory / below}, found that {directory} takes none; choose another out."
+    with pytest.raises(RunDirectoryError, match=re.escape(said)):
+        RunDirectory(path=directory / below).require_free()
+
+
+def test_a_place_that_was_tried_is_left_as_it_was(tmp_path: Path) -> None:
+    for name in ("x.json", "new/deep/x.json"):
+        require_place_for(tmp_path / name)
+        RunDirectory(path=tmp_path / name).require_place()
+    assert tree(tmp_path) == {}
+    with pytest.raises(RunDirectoryError, match="found the directory"):
+        require_place_for(tmp_path)

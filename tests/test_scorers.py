@@ -1,6 +1,7 @@
 """Scorers: the score of the last response token, of a function, or of both; and how each says what is wrong."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -175,15 +176,41 @@ def test_a_function_that_raises_is_named_with_its_error_and_a_prompt():
     def reward(prompts: list, completions: list) -> list[float]:
         return [1 / 0]
 
-    with pytest.raises(
-        RewardError, match=r"from mine:f, found ZeroDivisionError: .*; the first prompt .* 'first question'"
-    ):
+    said = r"from mine:f, found ZeroDivisionError: .*, for a batch that begins with the prompt 'first .*; mend"
+    with pytest.raises(RewardError, match=said):
         scored_by(reward)
 
 
-def test_a_function_without_the_right_arguments_is_named():
-    with pytest.raises(RewardError, match=r"mine:f, found TypeError: .*unexpected keyword argument"):
-        scored_by(lambda prompts: [0.0, 0.0])
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (lambda prompts: [0.0, 0.0], "found that it does not take 'completions'; write it as function(prompts, comple"),
+        (
+            lambda prompts, completions, answer: [0.0, 0.0],
+            "found that it wants 'answer', which is no column of the prompts (they have prompt); add the column, or",
+        ),
+        (
+            lambda completions, *, answer, **others: [0.0, 0.0],
+            "found that it wants 'answer', which is no column of the prompts (they have prompt); add the column, or",
+        ),
+    ],
+)
+def test_a_function_without_the_right_arguments_is_told_what_differs(reward, said):
+    with pytest.raises(RewardError, match=re.escape(f"Expected mine:f to take what it is given, {said}")):
+        scored_by(reward)
+
+
+def test_a_function_that_does_not_take_a_column_is_told_which():
+    prompts = Prompts(texts=["a"], tokens=[[5]], columns={"answer": [1], "grade": [2]})
+    for reward, said in (
+        (lambda prompts, completions, answer: [0.0], "found that it does not take 'grade'; write it as function(pro"),
+        (
+            lambda prompts, completions, level, **more: [0.0],
+            "wants 'level', which is no column of the prompts (they have prompt, answer, grade); add",
+        ),
+    ):
+        with pytest.raises(RewardError, match=re.escape(said)):
+            FunctionScorer(function=reward, name="mine:f")(prompts, answered("it"))
 
 
 @pytest.mark.parametrize("output", [[1.0], [1.0, 2.0, 3.0], []], ids=repr)
@@ -194,7 +221,8 @@ def test_another_count_than_completions_is_refused(output):
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_names_its_prompt(wrong):
-    with pytest.raises(RewardError, match=rf"mine:f, found {wrong} for the prompt 'second question'; .*--resume"):
+    said = rf"mine:f, found {wrong} for the prompt 'second question'; mend the reward for such a response\.$"
+    with pytest.raises(RewardError, match=said):
         scored_by(lambda prompts, completions: [0.0, wrong])
 
 
@@ -202,13 +230,14 @@ def test_a_score_that_is_not_finite_names_its_prompt(wrong):
     "output", [["good", 1.0], [None, 1.0], [[1.0, 2.0], [1.0, 2.0]], [torch.zeros(2), 1.0]], ids=repr
 )
 def test_what_is_no_number_is_refused(output):
-    with pytest.raises(RewardError, match="Expected numbers from mine:f"):
+    with pytest.raises(RewardError, match=r"Expected numbers from mine:f, found .*; return one per completion"):
         scored_by(lambda prompts, completions: output)
 
 
-@pytest.mark.parametrize("output", [None, 3.0])
-def test_what_has_no_length_is_refused(output):
-    with pytest.raises(RewardError, match="Expected scores from mine:f, found TypeError"):
+@pytest.mark.parametrize("output", [None, 3.0, {"a": 1.0, "b": 2.0}])
+def test_what_is_no_list_is_refused(output):
+    kind = type(output).__name__
+    with pytest.raises(RewardError, match=f"list of scores from mine:f, found {kind}; return one number per completi"):
         scored_by(lambda prompts, completions: output)
 
 

@@ -263,6 +263,7 @@ def test_a_score_that_stops_being_finite_stops_the_run_at_its_step_and_names_the
     with pytest.raises(kleash.RewardError) as caught:
         train(tmp_path / "run", reward=failing, updates=4)
     assert f"found {wrong} for the prompt {failing.prompt!r}" in str(caught.value)
+    assert str(caught.value).endswith("; mend the reward for such a response, then go on with --resume.")
     assert len(rows_of(tmp_path / "run")) == 2
     assert checkpoints_in(tmp_path / "run" / "checkpoints")[-1].name == "000002"
     result = train(tmp_path / "run", reward=failing, updates=4, resume=True)
@@ -297,7 +298,7 @@ def test_an_update_that_is_not_finite_stops_the_run_and_saves_no_broken_weights(
         ({"reference": tiny_policy(vocab=20)}, kleash.ModelError, "the policy's vocabulary of 12, found 20"),
         ({"reward": tiny_reward_model(labels=2)}, kleash.RewardError, "one label at given as a GPT2.*, found 2"),
         ({"reward": lambda prompts, completions: [1.0]}, kleash.RewardError, "Expected 8 scores from .*, found 1"),
-        ({"reward": lambda prompts, completions: None}, kleash.RewardError, "found TypeError"),
+        ({"reward": lambda prompts, completions: None}, kleash.RewardError, "found NoneType; return"),
         ({"reward": lambda prompts, completions: ["x"] * len(prompts)}, kleash.RewardError, "Expected numbers from"),
         ({"eval_reward": lambda prompts, completions: 1 / 0}, kleash.RewardError, "found ZeroDivisionError"),
         ({"rollout": kleash.RolloutConfig(max_new_tokens=61)}, kleash.PromptError, "Expected prompts of at most 3 tok"),

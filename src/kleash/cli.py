@@ -11,7 +11,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,6 +204,7 @@ def _check(words: list[str]) -> int:
     if any(len(texts) > 1 for texts in files):
         raise ConfigError(f"Expected one file for --json, found {' '.join(files[0])}; change it.")
     config = read_config(path, as_words([(key, texts) for key, texts in flags if key != "json"]))
+    _require_places(Path(texts[0]) for texts in files)
     with silent_libraries():
         checks = check_run(config, Given())
     _part_processes()
@@ -345,11 +346,9 @@ def _measure(words: list[str]) -> int:
     from kleash.measure_page import round_count, write_measure_page
     from kleash.precision import precision_from
     from kleash.readout import readout
-    from kleash.run_directory import require_place_for
 
     _require_files_of_their_own(asked)
-    for file in filter(None, (asked.out, asked.json)):
-        require_place_for(file)
+    _require_places(filter(None, (asked.out, asked.json)))
     warnings.simplefilter("ignore", DoubtWarning)  # the readout has the sentence, below its table
     measured = measure(
         asked.policy,
@@ -461,6 +460,7 @@ def _sweep(words: list[str]) -> int:
         print(SWEEP_HELP, end="")
         return 0 if words else 2
     asked = _sweep_arguments(words)
+    _require_places(filter(None, (asked.json,)))
     from kleash.sweep import settings_of, sweep
 
     result = sweep(
@@ -489,6 +489,14 @@ def _listed(names: Sequence[str]) -> str:
     ('a', 'a, b and c')
     """
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _require_places(files: Iterable[Path]) -> None:
+    """Raise RunDirectoryError, before anything is worked out, unless all of these files can be written."""
+    from kleash.run_directory import require_place_for
+
+    for file in files:
+        require_place_for(file)
 
 
 def _write(file: Path, text: str) -> None:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from kleash.errors import ModelError, first_line
 from kleash.masking import position_ids
+from kleash.weights import require_finite, unloaded_weight
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 ADAPTER_PREFIX = "base_model.model."  # peft writes it before every name in a file, and reads it again
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def load_tokenizer(source: str | Path, *, pad_token: str | None = None) -> PreTrainedTokenizerBase:
@@ -43,14 +47,15 @@ def load_tokenizer(source: str | Path, *, pad_token: str | None = None) -> PreTr
       ModelError: nothing loadable there, no EOS token, no pad token, or pad_token is not in the vocabulary.
     """
     base = base_of_adapter(source)
-    if base is not None and tokenizer_beside(source) is None:
-        return load_tokenizer(base, pad_token=pad_token)
+    if base is not None and tokenizer_beside(source) is not None:
+        base = None
+    expected = f"Expected the policy's tokenizer at {_place(source, base)}"
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"Expected the policy's tokenizer at {source}, found {why_not(source, error)}") from error
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base or source)
+    except Exception as error:  # the tokenizers library raises nothing narrower for a damaged file
+        raise ModelError(f"{expected}, found {why_not(base or source, error)}") from error
     if not has_words(tokenizer):
-        raise ModelError(f"Expected the policy's tokenizer at {source}, found none; save it beside the policy.")
+        raise ModelError(f"{expected}, found none; save it beside the policy.")
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ModelError(
@@ -61,20 +66,44 @@ def load_tokenizer(source: str | Path, *, pad_token: str | None = None) -> PreTr
     return tokenizer
 
 
+def _place(source: str | Path, base: str | None) -> str:
+    """Where something is looked for, in an error's words: with a base, there, and which file says so."""
+    return str(source) if base is None else f"{base} (the base that adapter_config.json in {source} names)"
+
+
 def why_not(source: str | Path, error: Exception) -> str:
     """Why nothing could be loaded from a source, in words that end a sentence."""
     path = Path(source)
-    names_a_path = str(source).startswith(("/", ".", "~")) or len(path.parts) > 2
     if path.is_file():
         return "a file; give a model's directory or name."
-    if names_a_path and not path.is_dir():
+    if is_a_path_to_nothing(source):
         return "no such directory; check the path."
     if path.is_dir() and not (path / "config.json").is_file():
         below = policy_below(path)
         there = "give one that save_pretrained wrote" if below is None else f"give {below}"
         return f"a directory without config.json; {there}."
+    damaged = damaged_file(path)
+    if damaged is not None:
+        return f"{damaged} damaged or cut short; copy or save it again."
     cause = first_line(error).rstrip(".")
     return f"none that loads ({cause}); check the name, or give a directory that save_pretrained wrote."
+
+
+def is_a_path_to_nothing(source: str | Path) -> bool:
+    """Whether a source is written as a path, not as a hub name, and no directory is there."""
+    path = Path(source)
+    return (str(source).startswith(("/", ".", "~")) or len(path.parts) > 2) and not path.is_dir()
+
+
+def damaged_file(directory: Path) -> Path | None:
+    """The first safetensors file of a directory that cannot be opened; reads no weights."""
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return file
+    return None
 
 
 def policy_below(path: Path) -> Path | None:
@@ -89,7 +118,7 @@ def tokenizer_beside(source: str | Path) -> PreTrainedTokenizerBase | None:
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError):
+    except Exception:  # as in load_tokenizer
         return None
     return tokenizer if has_words(tokenizer) else None
 
@@ -122,22 +151,77 @@ def load_causal_model(
       dtype: of the weights.
 
     Raises:
-      ModelError: nothing loadable there, a model of another kind, or an adapter that is not in the model's layers.
+      ModelError: nothing loadable there, a model of another kind, a weight that is missing or not finite, or an
+        adapter that is not in the model's layers.
     """
     base = base_of_adapter(source)
+    expected = f"Expected a causal language model at {_place(source, base)} for the {role}"
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base or source, dtype=dtype)
-        _require_saved_as_a_language_model(model, source, role)
-        if base is not None:
-            model = _with_adapter(model, source, learns=adapter_learns)
-    except ModelError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"Expected a causal language model at {source} for the {role}, found {why_not(base or source, error)}"
-        ) from error
+        model, unloaded = loaded_from(AutoModelForCausalLM, base or source, dtype)
+    except Exception as error:  # a model's own code may raise anything
+        raise ModelError(f"{expected}, found {why_not(base or source, error)}") from error
+    _require_saved_as_a_language_model(model, source, role)
+    if unloaded is not None:
+        raise ModelError(f"{expected}, found {unloaded}; give one that was saved whole.")
+    if base is not None:
+        model = _adapted(model, source, role, learns=adapter_learns)
+    require_finite(model, f"{role} {source}")
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def _adapted(model: PreTrainedModel, source: str | Path, role: str, *, learns: bool) -> PreTrainedModel:
+    """The base model with the adapter in place; whatever peft says against it becomes a ModelError."""
+    directory = Path(source)
+    if directory.is_dir() and not any((directory / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise ModelError(
+            f"Expected the weights of the {role}'s adapter in {source}, found no {ADAPTER_WEIGHTS[0]}; "
+            "save or copy the adapter again."
+        )
+    try:
+        return _with_adapter(model, source, learns=learns)
+    except ModelError:
+        raise
+    except Exception as error:  # peft passes on what lies below it
+        damaged = damaged_file(directory)
+        cause = f"one that does not load ({first_line(error).rstrip('.')})"
+        found = cause if damaged is None else f"{damaged} damaged or cut short"
+        raise ModelError(
+            f"Expected an adapter at {source} for the {role}, found {found}; save or copy the adapter again."
+        ) from error
+
+
+def loaded_from(kind: Any, source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, str | None]:
+    """A model as transformers loads it, and the first weight that it did not find, in words that follow "found".
+
+    Args:
+      kind: the class to load, or one of transformers' Auto classes.
+      source: path or hub name.
+      dtype: of the weights.
+    """
+    with _no_table_of_missing_weights():
+        model, loading = kind.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    return model, unloaded_weight(model, loading["missing_keys"], loading["mismatched_keys"])
+
+
+@contextmanager
+def _no_table_of_missing_weights() -> Iterator[None]:
+    """Keeps back transformers' table where it holds a weight that kleash refuses in a sentence."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        return "LOAD REPORT" not in said or not ("MISSING" in said or "MISMATCH" in said)
+
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
+    for logger in loggers:
+        logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_other)
 
 
 def _require_saved_as_a_language_model(model: PreTrainedModel, source: str | Path, role: str) -> None:
@@ -165,6 +249,11 @@ def base_of_adapter(source: str | Path) -> str | None:
     if not base:
         raise ModelError(
             f"Expected base_model_name_or_path in {file}, found none; name the adapter's base model there."
+        )
+    if is_a_path_to_nothing(base):
+        raise ModelError(
+            f"Expected the adapter's base model at {base}, as {file} says, found no such directory; "
+            "correct base_model_name_or_path there."
         )
     return base
 

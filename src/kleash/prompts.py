@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from kleash.batch import Prompts, PromptText
-from kleash.errors import PromptError, first_line
+from kleash.errors import ConfigError, PromptError, first_line
 from kleash.seeds import generator_for
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -164,13 +164,25 @@ def _tokens(text: PromptText, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def require_room(prompts: Prompts, *, max_new_tokens: int, context: int | None) -> None:
-    """Raise PromptError when a prompt is empty, or leaves no room for max_new_tokens in the model's context."""
+    """Check that each prompt leaves room for max_new_tokens in the model's context.
+
+    Raises:
+      ConfigError: max_new_tokens leaves no room for any prompt.
+      PromptError: a prompt is empty, or too long.
+    """
     for number, tokens in enumerate(prompts.tokens, 1):
         if not tokens:
             raise PromptError(f"Expected a prompt of at least one token, found none in row {number}; drop the row.")
     if context is None:
         return
     room = context - max_new_tokens
+    if room < 1:
+        fits = context - max(map(len, prompts.tokens))
+        remedy = f"at most {fits} fit after the longest prompt" if fits >= 1 else "shorten or drop the prompts, too"
+        raise ConfigError(
+            f"Expected max_new_tokens below the context of {context} tokens, found {max_new_tokens}; "
+            f"lower it: {remedy}."
+        )
     too_long = [(len(tokens), number) for number, tokens in enumerate(prompts.tokens, 1) if len(tokens) > room]
     if too_long:
         length, number = max(too_long)

@@ -34,7 +34,7 @@ from kleash.language_model import Models
 from kleash.leash import Leash
 from kleash.models import fingerprint, trainable_parameters
 from kleash.parts import Given, Parts, load_parts
-from kleash.preflight.check import Check, of_loading
+from kleash.preflight.check import Check, failed_with, of_loading
 from kleash.preflight.checks import preflight
 from kleash.prompts import prompts_fingerprint
 from kleash.reference import move_towards
@@ -144,11 +144,21 @@ def check_run(config: RunConfig, given: Given) -> list[Check]:
     """
     accelerator = _accelerator(config)
     _require_even_shares(config, accelerator.num_processes)
+    place = _place(config)
     try:
         parts = load_parts(config, given)
     except InputError as error:
-        return [of_loading(error)]
-    return _checks(parts, _on_the_device(parts, accelerator), config, accelerator)
+        return [*place, of_loading(error)]
+    return [*place, *_checks(parts, _on_the_device(parts, accelerator), config, accelerator)]
+
+
+def _place(config: RunConfig) -> list[Check]:
+    """A failed check where nothing can be written to `out`; none where a run may begin or go on there."""
+    try:
+        RunDirectory(path=Path(config.out)).require_place()
+    except RunDirectoryError as error:
+        return [failed_with("place to write", error)]
+    return []
 
 
 def _on_the_device(parts: Parts, accelerator: Accelerator) -> Models:

@@ -15,6 +15,7 @@ RUN/report.html        the page
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,21 @@ class RunDirectory:
         """Whether any file of a run lies here already."""
         return self.config.exists() or self.records.exists() or self.checkpoints.exists()
 
-    def require_free(self) -> None:
-        """Raise RunDirectoryError when another run, or a file instead of a directory, is in the way."""
+    def require_place(self) -> None:
+        """Raise RunDirectoryError when a file is in the way, or nothing can be written there; nothing stays."""
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(
                 f"Expected a directory to write to, found the file {self.path}; choose another out."
             )
+        refusing = _what_takes_no(self.config)
+        if refusing is not None:
+            raise RunDirectoryError(
+                f"Expected to write to {self.path}, found that {refusing} takes none; choose another out."
+            )
+
+    def require_free(self) -> None:
+        """Raise RunDirectoryError as `require_place` does, and when another run is in the way."""
+        self.require_place()
         if self.holds_a_run():
             raise RunDirectoryError(
                 f"Expected an empty directory for the run, found another run in {self.path}; "
@@ -122,12 +132,29 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def require_place_for(file: Path) -> None:
-    """Raise RunDirectoryError unless a file, and the directories above it, can be made there; nothing is made."""
+    """Raise RunDirectoryError unless a file, and the directories above it, can be made there; nothing stays."""
     if file.is_dir():
         raise RunDirectoryError(f"Expected a file to write, found the directory {file}; name a file in it.")
+    refusing = _what_takes_no(file)
+    if refusing is not None:
+        raise RunDirectoryError(f"Expected to write to {file}, found that {refusing} takes none; choose another place.")
+
+
+def _what_takes_no(file: Path) -> Path | None:
+    """The nearest thing above a file that takes no file, or no directory where one is still to be made.
+
+    It is tried, not asked for: what permissions say is not all, and says nothing to root.
+    """
     above = next(directory for directory in file.absolute().parents if directory.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise RunDirectoryError(f"Expected to write to {file}, found that {above} takes none; choose another place.")
+    try:
+        if above == file.absolute().parent:
+            with tempfile.NamedTemporaryFile(dir=above, prefix=".kleash."):
+                pass
+        else:
+            Path(tempfile.mkdtemp(dir=above, prefix=".kleash.")).rmdir()
+    except OSError:
+        return above
+    return None
 
 
 def write_atomically(path: Path, text: str) -> None:

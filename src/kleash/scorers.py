@@ -5,9 +5,10 @@ not finite, a wrong count, or an exception ends in one RewardError that names th
 """
 
 import importlib
+import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +21,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from kleash.batch import Prompts, PromptText, Rollout
 from kleash.errors import RewardError, first_line
-from kleash.models import forward_arguments, frozen, tokenizer_beside, why_not
+from kleash.models import forward_arguments, frozen, loaded_from, tokenizer_beside, why_not
 from kleash.rewards import last_response_position
+from kleash.weights import require_finite
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -46,12 +48,14 @@ def require_scores(scores: Sequence[float], prompts: Prompts, source: str) -> Te
     try:
         numbers = [float(score) for score in scores]
     except (TypeError, ValueError) as error:
-        raise RewardError(f"Expected numbers from {source}, found something else: {first_line(error)}") from error
+        raise RewardError(
+            f"Expected numbers from {source}, found something else ({first_line(error)}); return one per completion."
+        ) from error
     for text, number in zip(prompts.texts, numbers, strict=True):
         if not math.isfinite(number):
             raise RewardError(
                 f"Expected finite scores from {source}, found {number} for the prompt {shortened(text)}; "
-                "mend the reward for such a response (a run that has begun goes on with --resume)."
+                "mend the reward for such a response."
             )
     return torch.tensor(numbers, dtype=torch.float32)
 
@@ -78,15 +82,49 @@ class FunctionScorer:
             completion if isinstance(text, str) else [{"role": "assistant", "content": completion}]
             for text, completion in zip(prompts.texts, rollout.completions, strict=True)
         ]
+        arguments = {"prompts": list(prompts.texts), "completions": completions, **prompts.columns}
         try:
-            scores = self.function(prompts=list(prompts.texts), completions=completions, **prompts.columns)
-            count = len(scores)
+            scores = self.function(**arguments)
         except Exception as error:
+            odd = _arguments_that_differ(self.function, arguments)
+            if odd is not None:
+                raise RewardError(f"Expected {self.name} to take what it is given, found {odd}.") from error
             raise RewardError(
-                f"Expected scores from {self.name}, found {type(error).__name__}: {first_line(error)}; "
-                f"the first prompt of the batch was {shortened(prompts.texts[0])}."
+                f"Expected scores from {self.name}, found {type(error).__name__}: {first_line(error).rstrip('.')}, for "
+                f"a batch that begins with the prompt {shortened(prompts.texts[0])}; mend the reward for such input."
             ) from error
-        return require_scores([scores[i] for i in range(count)], prompts, self.name)
+        try:
+            listed = [scores[index] for index in range(len(scores))]
+        except Exception as error:  # whatever was returned may raise anything
+            raise RewardError(
+                f"Expected a list of scores from {self.name}, found {type(scores).__name__}; "
+                "return one number per completion."
+            ) from error
+        return require_scores(listed, prompts, self.name)
+
+
+def _arguments_that_differ(function: RewardFunction, given: Mapping[str, Any]) -> str | None:
+    """What a function wants and is not given, or is given and does not take, and what to do; None if it may be called.
+
+    The words follow "found" in a sentence.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # one that is written in C may not say
+        return None
+    named = {one.name: one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    columns = ", ".join(["prompt", *(name for name in given if name not in ("prompts", "completions"))])
+    for name, one in named.items():
+        if one.default is one.empty and name not in given:
+            return (
+                f"that it wants {name!r}, which is no column of the prompts (they have {columns}); "
+                "add the column, or give the argument a default"
+            )
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        for name in given:
+            if name not in named:
+                return f"that it does not take {name!r}; write it as function(prompts, completions, **columns)"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,20 +245,18 @@ def load_reward_model(source: str) -> PreTrainedModel:
       RewardError: nothing loadable there, several labels, or a head that the checkpoint does not hold.
     """
     try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model, unloaded = loaded_from(AutoModelForSequenceClassification, source, torch.float32)
+    except Exception as error:  # a model's own code may raise anything
         raise RewardError(
             f"Expected a reward model (one label), or module:function, at {source}, found {why_not(source, error)}"
         ) from error
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])[0]
+    if unloaded is not None:
         raise RewardError(
-            f"Expected a trained reward model at {source}, found a checkpoint without {missing}; "
-            "give one that was trained with a score head."
+            f"Expected a trained reward model at {source}, found {unloaded}; "
+            "give one that was trained with a score head, and saved whole."
         )
     require_one_label(model, source)
+    require_finite(model, f"reward model {source}", error=RewardError)
     return frozen(model)
 
 

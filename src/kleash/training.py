@@ -245,6 +245,9 @@ def judged(run: Run, prompts: Prompts, rollout: Rollout) -> tuple[Tensor, Tensor
         scores = [scorer(prompts, rollout) for scorer in filter(None, (run.parts.scorer, run.parts.eval_scorer))]
     except RewardError as error:
         failure = error
+        if not run.has_come_to_nothing:
+            failure = RewardError(f"{str(error).rstrip('.')}, then go on with --resume.")
+            failure.__cause__ = error
     if _anyone(run, failure is not None):
         raise failure or RewardError("Expected scores on every process, found that another one failed; see its error.")
     own = [values.to(run.accelerator.device) for values in scores]

@@ -55,9 +55,14 @@ def tokenizers_match(parts: Parts) -> Check:
                 f"no tokenizer lies beside the {role} model {scorer.name}, so it is taken to share the policy's tokens",
                 "save its tokenizer beside it",
             )
-    own = [role for role, scorer in models if isinstance(scorer, TextModelScorer)]
-    said = f"; the {own[0]} model reads the text with its own tokenizer" if own else ""
-    return passed(name, f"{known} tokens, the same ids in every model that reads them{said}")
+    sharing, own = ["policy", "reference"], list[str]()
+    for role, scorer in models:
+        (own if isinstance(scorer, TextModelScorer) else sharing).append(f"{role} model")
+    readers = list(dict.fromkeys(sharing))
+    said = f"{known} tokens, the same ids in {', '.join(readers[:-1])} and {readers[-1]}"
+    if own:
+        said += f"; the {' and the '.join(dict.fromkeys(own))} has a tokenizer of its own, and is given the text"
+    return passed(name, said)
 
 
 def _shared_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
