@@ -151,12 +151,14 @@ def _one_line(prompt: object) -> str:
 
 def _number(value: float | None) -> str:
     """
-    >>> [_number(value) for value in (26.213, 0.0821, 0.0, 1234.5, None)]
-    ['26.21', '0.082', '0', '1234', '-']
+    >>> [_number(value) for value in (26.213, 0.0821, 0.1008, 0.0, 1234.5, None)]
+    ['26.21', '0.082', '0.10', '0', '1234', '-']
     """
     if value is None:
         return "-"
-    return f"{value:.0f}" if value == 0 or abs(value) >= 1000 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.2g}"
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:#.2g}"
 
 
 def _half_width(value: float) -> str:
