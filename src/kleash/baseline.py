@@ -13,6 +13,7 @@ from kleash.best_of_n import BestOfN, best_of_n_from_samples
 from kleash.config import RunConfig
 from kleash.errors import ConfigError
 from kleash.estimators import per_sequence
+from kleash.models import default_device
 from kleash.parts import Given, Parts, load_parts
 from kleash.progress import silent_libraries
 from kleash.prompts import prompts_of_update
@@ -72,7 +73,7 @@ def doubling(largest: int) -> list[int]:
 @torch.no_grad()
 def reference_samples(parts: Parts, config: RunConfig, *, draws: int, prompts: int) -> ReferenceSamples:
     """Draw from the reference and judge, as many responses at a time as the run samples together."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = default_device()
     scorers = [scorer for scorer in (parts.scorer, parts.eval_scorer) if scorer is not None]
     models: list[nn.Module] = [parts.reference, *(model for scorer in scorers for model in reward_models(scorer))]
     for model in models:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from kleash.errors import first_line
 from kleash.fused.head import Head
+from kleash.generators import untouched_generators
 from kleash.models import forward_arguments, modes_kept
 
 SCALES = (  # times it, or divided by it, before or after the head
@@ -99,9 +100,9 @@ def _base_output(model: PreTrainedModel, sequences: Tensor, attention_mask: Tens
 @contextmanager
 def _at_rest(model: nn.Module) -> Iterator[None]:
     """No gradients and no dropout inside; training modes and the state of every generator as before after it."""
-    on_gpu = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    devices = {tensor.device for tensor in model.parameters()}
     # no_grad and not inference_mode: tables that a model keeps from this pass must serve in training.
-    with modes_kept(model), torch.no_grad(), torch.random.fork_rng(on_gpu):
+    with modes_kept(model), torch.no_grad(), untouched_generators(*devices):
         model.eval()
         yield
 

@@ -70,7 +70,8 @@ def measured_drift(
     named = {LOG_RATIO: K1} if written else {}
     exact, k1 = intervals["kl_policy_ref_per_sequence"], intervals[LOG_RATIO]
     sums, ratios = tally.column("kl_policy_ref"), tally.column("kl_policy_ref_k1")
-    skewed, mismatch = skewness(sums, strata=strata), tally.mismatch() if sampled else dict.fromkeys(tally.mismatch())
+    skewed = skewness(sums, strata=strata)
+    mismatch = {name: value if sampled else None for name, value in tally.mismatch().items()}
     figures = {
         **settings,
         "prompts_count": len(torch.unique(tally.column("prompt"))),

@@ -90,7 +90,7 @@ def measure(
       MeasuredDrift.
 
     Warns:
-      KleashWarning: the exact KL of the responses is too skewed for their number, so that the interval is too short; or
+      DoubtWarning: the exact KL of the responses is too skewed for their number, so that the interval is too short; or
         sampler and scorer are far apart, as in a narrow dtype; or the policy did not write what it is said to have
         written. The figures hold the sentence too.
 

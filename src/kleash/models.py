@@ -364,6 +364,11 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def default_device() -> torch.device:
+    """The accelerator of this machine, else the CPU; what torch was built for need not be there."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def learning_names(model: nn.Module) -> list[str]:
     """Names of the parameters that learn, each once, in a fixed order."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

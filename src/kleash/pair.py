@@ -13,6 +13,7 @@ from kleash.language_model import LanguageModel, language_models
 from kleash.models import (
     causal_model,
     context_length,
+    default_device,
     eos_token_ids,
     frozen,
     hold_equal_parameters_once,
@@ -82,8 +83,7 @@ def load_pair(
         raise ModelError("Expected a tokenizer for a policy in memory, found none; give one.")
     words = tokenizer or load_tokenizer(source, pad_token=pad_token)
     require_special_tokens(words)
-    place = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    models = _models(policy, reference, dtype, place)
+    models = _models(policy, reference, dtype, device or default_device())
     width = models[0].config.get_text_config().vocab_size
     require_same_vocabulary(words, source_of(reference), models[1], width)
     pair = language_models(*models, vocab=shared_vocabulary(*models))
